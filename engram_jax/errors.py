@@ -1,0 +1,37 @@
+"""What can go wrong, and the exit code each kind leaves with.
+
+0 done, 2 bad configuration or input, 3 data, 4 non-finite, 5 storage, 75 stopped by a signal
+after saving (sysexits' EX_TEMPFAIL: run the same command again).
+"""
+
+EXIT_STOPPED = 75
+
+
+class EngramError(Exception):
+  """Something a user can act on: the message names the field, the value and what is valid."""
+
+  exit_code = 1
+
+
+class ConfigError(EngramError, ValueError):
+  """A bad configuration or input, found before anything ran or was written."""
+
+  exit_code = 2
+
+
+class DataError(EngramError):
+  """A source that cannot be fetched, read, or holds nothing to train on."""
+
+  exit_code = 3
+
+
+class NonFiniteError(EngramError):
+  """Too many steps in a row gave a loss or a gradient that is not a number."""
+
+  exit_code = 4
+
+
+class StorageError(EngramError):
+  """A checkpoint or table file that is damaged, missing, or cannot be written."""
+
+  exit_code = 5
