@@ -6,8 +6,8 @@ A config file is YAML; `extends: other.yaml` names the file it differs from, so 
 experiment. Keys that are not known are refused with the nearest known one; contradictory sizes are
 refused with both numbers. Loading a config runs no code and touches no device.
 
-Letters (see the package docstring): B batch, T time, D width, G residual branches, N largest
-n-gram order, K heads per order, J = (N-1) K columns, C row width, M = J C memory width, V vocabulary.
+Letters (the package docstring has them all): D width, G residual branches, N largest n-gram order,
+K heads per order, J = (N-1) K columns, C row width, M = J C memory width, V vocabulary.
 """
 
 import difflib
@@ -30,7 +30,9 @@ FILE_SOURCES = ("text", "jsonl", "parquet", "array_record")
 
 
 class Frozen(pydantic.BaseModel):
-  model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+  model_config = pydantic.ConfigDict(
+    frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+  )
 
 
 def _require(ok: bool, message: str) -> None:
@@ -41,20 +43,31 @@ def _require(ok: bool, message: str) -> None:
 class EngramConfig(Frozen):
   """The conditional memory (arXiv 2601.07372, section 2). `layers: []` is a model without one."""
 
-  layers: tuple[Count, ...] = ()  # 0-based blocks that read a memory at their entry
-  max_ngram: Annotated[int, Field(ge=2, le=8)] = 3  # N: suffix n-grams of orders 2..N
-  heads: Positive = 8  # K: hash heads per order
-  row_width: Positive = 64  # C: width of one row
-  rows_per_head: tuple[Positive, ...] = (646_400,)  # one per order (one number serves all orders): the prime search starts there
-  seed: Count = 0  # of the hash multipliers
-  pad_id: Count = 2  # raw id that stands before the start of a text
+  layers: tuple[Count, ...] = ()
+  """0-based blocks that read a memory at their entry."""
+  max_ngram: Annotated[int, Field(ge=2, le=8)] = 3
+  """N: suffix n-grams of orders 2..N."""
+  heads: Positive = 8
+  """K: hash heads per order."""
+  row_width: Positive = 64
+  """C: width of one row."""
+  rows_per_head: tuple[Positive, ...] = (646_400,)
+  """Where each order's prime search starts, one number per order; one number serves all orders."""
+  seed: Count = 0
+  """Of the hash multipliers."""
+  pad_id: Count = 2
+  """Raw id that stands before the start of a text."""
   dialect: Literal["engram", "deepseek_v41", "qwen_ple"] = "engram"
   gate: Literal["signed_sqrt", "sigmoid"] = "signed_sqrt"
-  bias: bool = False  # on the key and value projections (the demo has it, V4.1 has not)
-  conv_kernel: Count = 4  # taps of the causal depthwise convolution, dilation N; 0 = none
-  norm_eps: Annotated[float, Field(gt=0)] = 1.1920928955078125e-07  # key and query norms
+  bias: bool = False
+  """On the key and value projections (the demo has it, V4.1 has not)."""
+  conv_kernel: Count = 4
+  """Taps of the causal depthwise convolution, dilation N; 0 = none."""
+  norm_eps: Annotated[float, Field(gt=0)] = 1.1920928955078125e-07
+  """Key and query norms."""
   conv_norm_eps: Annotated[float, Field(gt=0)] = 1e-5
-  reset_at_documents: bool = True  # n-grams and convolution do not look across documents
+  reset_at_documents: bool = True
+  """N-grams and convolution do not look across documents."""
 
   @model_validator(mode="before")
   @classmethod
@@ -107,10 +120,13 @@ class YarnConfig(Frozen):
   """YaRN length extension of the rotary frequencies (arXiv 2309.00071); scale 1 is plain RoPE."""
 
   scale: Annotated[float, Field(ge=1)] = 1.0
-  alpha: Annotated[float, Field(gt=0)] = 1.0  # rotations below which a frequency is interpolated
-  beta: Annotated[float, Field(gt=0)] = 32.0  # rotations above which it is left alone
+  alpha: Annotated[float, Field(gt=0)] = 1.0
+  """Rotations below which a frequency is interpolated."""
+  beta: Annotated[float, Field(gt=0)] = 32.0
+  """Rotations above which it is left alone."""
   original_length: Positive = 4096
-  attention_factor: Annotated[float, Field(gt=0)] = 0.707  # f: logits scale by (0.1 f ln s + 1)^2
+  attention_factor: Annotated[float, Field(gt=0)] = 0.707
+  """F: logits scale by (0.1 f ln s + 1)^2."""
 
   @model_validator(mode="after")
   def _check(self) -> "YarnConfig":
@@ -122,10 +138,14 @@ class AttentionConfig(Frozen):
   """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
 
   heads: Positive = 4
-  latent: Positive = 64  # rank of the shared key-value latent
-  query_latent: Count = 0  # rank of the query compression; 0 = none
-  nope_dim: Positive = 32  # per head, without rotation
-  rope_dim: Positive = 16  # per head, rotated; one key shared by all heads
+  latent: Positive = 64
+  """Rank of the shared key-value latent."""
+  query_latent: Count = 0
+  """Rank of the query compression; 0 = none."""
+  nope_dim: Positive = 32
+  """Per head, without rotation."""
+  rope_dim: Positive = 16
+  """Per head, rotated; one key shared by all heads."""
   value_dim: Positive = 32
   rope_base: Annotated[float, Field(gt=1)] = 10_000.0
   yarn: YarnConfig = YarnConfig()
@@ -139,15 +159,18 @@ class AttentionConfig(Frozen):
 class MoEConfig(Frozen):
   """DeepSeekMoE feed-forward with loss-free balancing (arXiv 2401.06066, 2408.15664)."""
 
-  routed_experts: Count = 16  # E; 0 = every block has a dense feed-forward
+  routed_experts: Count = 16
+  """E; 0 = every block has a dense feed-forward."""
   top_k: Positive = 2
   shared_experts: Count = 1
   expert_width: Positive = 128
   leading_dense_layers: Count = 1
   dense_width: Positive = 384
-  bias_step: Rate = 1e-3  # how far an expert's bias moves against its load after each step
+  bias_step: Rate = 1e-3
+  """How far an expert's bias moves against its load after each step."""
   route_scale: Annotated[float, Field(gt=0)] = 1.0
-  dispatch: Literal["auto", "blocked", "ragged", "dense"] = "auto"  # auto: blocked on CPU
+  dispatch: Literal["auto", "blocked", "ragged", "dense"] = "auto"
+  """Auto: blocked on CPU."""
 
   @model_validator(mode="after")
   def _check(self) -> "MoEConfig":
@@ -162,19 +185,24 @@ class MoEConfig(Frozen):
 class ResidualConfig(Frozen):
   """Manifold-constrained hyper-connections (arXiv 2512.24880); one branch = a plain residual."""
 
-  branches: Positive = 4  # G
+  branches: Positive = 4
+  """G."""
   sinkhorn_iterations: Positive = 20
-  initial_scale: Rate = 0.01  # of the input-dependent part of the mixing
+  initial_scale: Rate = 0.01
+  """Of the input-dependent part of the mixing."""
 
 
 class ModelConfig(Frozen):
-  vocab_size: Positive = 4096  # V
-  width: Positive = 128  # D
+  vocab_size: Positive = 4096
+  """V."""
+  width: Positive = 128
+  """D."""
   layers: Positive = 4
   tie_embeddings: bool = False
   norm_eps: Annotated[float, Field(gt=0)] = 1e-6
   init_std: Annotated[float, Field(gt=0)] = 0.02
-  dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto: f32 on CPU, else bf16
+  dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+  """Compute; auto: f32 on CPU, else bf16."""
   attention: AttentionConfig = AttentionConfig()
   moe: MoEConfig = MoEConfig()
   residual: ResidualConfig = ResidualConfig()
@@ -185,7 +213,7 @@ class ModelConfig(Frozen):
     over = [layer for layer in self.engram.layers if layer >= self.layers]
     _require(
       not over,
-      f"engram.layers={list(self.engram.layers)} names block {over[:1]} "
+      f"engram.layers={list(self.engram.layers)} names block {max(over, default=0)} "
       f"but layers={self.layers} has blocks 0..{self.layers - 1}",
     )
     dense = self.moe.leading_dense_layers
@@ -206,15 +234,24 @@ class ModelConfig(Frozen):
 
 class DataConfig(Frozen):
   source: Literal["wiki", "stdlib", "text", "jsonl", "parquet", "array_record"] = "wiki"
-  path: str | None = None  # file or folder, for the sources that read the user's own files
-  text_field: str = "text"  # of a JSON line or a Parquet row
-  tokenizer: str = "bpe"  # "bpe": byte-level BPE trained on the corpus; or a tokenizer.json's path
-  sequence_length: Annotated[int, Field(ge=2)] = 256  # T
-  validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05  # of documents, chosen by hash
-  seed: Count = 0  # of the order of windows
-  cache: str | None = None  # folder for downloads, tokenizers, token files; default: the user's cache
-  threads: Positive = 2  # that read ahead
-  workers: Count = 0  # Grain worker processes; 0 = threads only
+  path: str | None = None
+  """File or folder, for the sources that read the user's own files."""
+  text_field: str = "text"
+  """Of a JSON line or a Parquet row."""
+  tokenizer: str = "bpe"
+  """"bpe": byte-level BPE trained on the corpus; or a tokenizer.json's path."""
+  sequence_length: Annotated[int, Field(ge=2)] = 256
+  """T."""
+  validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+  """Of documents, chosen by hash."""
+  seed: Count = 0
+  """Of the order of windows."""
+  cache: str | None = None
+  """Folder for downloads, tokenizers, token files; default: the user's cache."""
+  threads: Positive = 2
+  """That read ahead."""
+  workers: Count = 0
+  """Grain worker processes; 0 = threads only."""
 
   @model_validator(mode="after")
   def _check(self) -> "DataConfig":
@@ -236,9 +273,12 @@ class ScheduleConfig(Frozen):
 
   kind: Literal["step", "cosine", "constant"] = "step"
   warmup_steps: Count = 20
-  decay_at: tuple[Fraction, ...] = (0.8, 0.9)  # share of the steps
-  decay_to: tuple[Rate, ...] = (0.316, 0.1)  # of the peak, from there on
-  final: Rate = 0.1  # of the peak, at the end of a cosine
+  decay_at: tuple[Fraction, ...] = (0.8, 0.9)
+  """Share of the steps."""
+  decay_to: tuple[Rate, ...] = (0.316, 0.1)
+  """Of the peak, from there on."""
+  final: Rate = 0.1
+  """Of the peak, at the end of a cosine."""
 
   @model_validator(mode="after")
   def _check(self) -> "ScheduleConfig":
@@ -256,29 +296,41 @@ class ScheduleConfig(Frozen):
 class OptimizerConfig(Frozen):
   """Muon for matrices, AdamW for the rest, touched-row Adam for tables (paper, section 4.1)."""
 
-  learning_rate: Annotated[float, Field(gt=0)] = 4e-4  # peak, for matrices and the rest alike
+  learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+  """Peak, for matrices and the rest alike."""
   weight_decay: Rate = 0.1
-  momentum: Fraction = 0.95  # Muon
-  newton_schulz_steps: Positive = 5  # Muon
+  momentum: Fraction = 0.95
+  """Muon."""
+  newton_schulz_steps: Positive = 5
+  """Muon."""
   beta1: Fraction = 0.9
   beta2: Fraction = 0.95
   eps: Annotated[float, Field(gt=0)] = 1e-8
-  clip_norm: Rate = 1.0  # of all gradients together, tables included; 0 = off
-  table_rate: Annotated[float, Field(gt=0)] = 5.0  # tables' learning rate over the backbone's
+  clip_norm: Rate = 1.0
+  """Of all gradients together, tables included; 0 = off."""
+  table_rate: Annotated[float, Field(gt=0)] = 5.0
+  """Tables' learning rate over the backbone's."""
 
 
 class TrainConfig(Frozen):
   steps: Positive = 400
-  batch_size: Positive = 16  # B: sequences per step, over all devices and micro-batches
-  accumulate: Positive = 1  # micro-batches per step
-  seed: Count = 0  # of the initial parameters and tables
-  z_loss: Rate = 0.0  # weight of logsumexp^2
-  loss_chunk: Positive = 1024  # tokens whose logits exist at once
-  nonfinite_limit: Positive = 10  # steps in a row without a finite loss and gradient: give up
+  batch_size: Positive = 16
+  """B: sequences per step, over all devices and micro-batches."""
+  accumulate: Positive = 1
+  """Micro-batches per step."""
+  seed: Count = 0
+  """Of the initial parameters and tables."""
+  z_loss: Rate = 0.0
+  """Weight of logsumexp^2."""
+  loss_chunk: Positive = 1024
+  """Tokens whose logits exist at once."""
+  nonfinite_limit: Positive = 10
+  """Steps in a row without a finite loss and gradient: give up."""
   log_every: Positive = 10
   eval_every: Positive = 100
   eval_batches: Positive = 16
-  sample_every: Count = 200  # 0 = only at the end
+  sample_every: Count = 200
+  """0 = only at the end."""
   sample_prompt: str = "The capital of France is"
   sample_tokens: Count = 40
   checkpoint_every: Positive = 100
@@ -290,7 +342,8 @@ class TrainConfig(Frozen):
   def _check(self) -> "TrainConfig":
     _require(
       self.batch_size % self.accumulate == 0,
-      f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} micro-batches",
+      f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} "
+      f"micro-batches",
     )
     _require(
       self.schedule.warmup_steps < self.steps or self.schedule.warmup_steps == 0,
@@ -301,7 +354,8 @@ class TrainConfig(Frozen):
 
 class RunConfig(Frozen):
   name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "tiny"
-  root: str = "runs"  # everything a run writes is under root/name
+  root: str = "runs"
+  """Everything a run writes is under root/name."""
   tensorboard: bool = True
 
   @property
@@ -367,7 +421,9 @@ def _explain(item: Any, where: str) -> str:
     near = nearest(".".join(loc))
     return f"{where}: unknown key {'.'.join(loc)!r}" + (f"; did you mean {near!r}?" if near else "")
   message = item["msg"].removeprefix("Value error, ")
-  value = "" if isinstance(item["input"], dict | pydantic.BaseModel) else f" (got {item['input']!r})"
+  value = (
+    "" if isinstance(item["input"], dict | pydantic.BaseModel) else f" (got {item['input']!r})"
+  )
   return f"{where}: {'.'.join(loc) or 'config'}: {message}{value}"
 
 
