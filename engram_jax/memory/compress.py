@@ -1,0 +1,158 @@
+"""Token compression: a surjection from a tokenizer's ids onto canonical ids (paper, section 2.2).
+
+Tokens whose text is the same but for case, accents, compatibility forms and surrounding space
+share one canonical id, so "Apple", " apple" and "APPLE" read the same rows. The model's own
+embedding and head keep the original vocabulary. NumPy only.
+"""
+
+import hashlib
+import os
+import pathlib
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+import tokenizers
+from tokenizers import normalizers
+
+REPLACEMENT = "\ufffd"  # what decoding puts where the bytes are no UTF-8
+LONE_SPACE = "\ue000"  # private use: shelters a token that is one space from Strip
+RULE = 1  # raise when the rule below changes: caches of the older rule are then passed over
+
+
+def _normalizer() -> normalizers.Normalizer:
+  """The paper's normalisation (appendix C), in the order that gives its counts."""
+  return normalizers.Sequence(
+    [
+      normalizers.NFKC(),
+      normalizers.NFD(),
+      normalizers.StripAccents(),
+      normalizers.Lowercase(),
+      normalizers.Replace(tokenizers.Regex(r"[ \t\r\n]+"), " "),
+      normalizers.Replace(tokenizers.Regex(r"^ $"), LONE_SPACE),
+      normalizers.Strip(),
+      normalizers.Replace(LONE_SPACE, " "),
+    ]
+  )
+
+
+def tokenizer_digest(tokenizer: tokenizers.Tokenizer) -> str:
+  """SHA-256 (hex) of the tokenizer's whole JSON: vocabulary, merges, added tokens and rules."""
+  return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
+class TokenCompressor:
+  """The token map P: V -> V' as a table; calling it maps an array of ids.
+
+  Attributes:
+    table: int32 [V], read-only; canonical id of each id, numbered in order of first appearance.
+    size: V', how many canonical ids there are.
+    digest: SHA-256 (hex) of the table. Hash multipliers depend on V', so a checkpoint keeps it.
+  """
+
+  def __init__(self, table: np.ndarray):
+    table = np.array(table, dtype="<i4")
+    if table.ndim != 1 or table.size == 0:
+      raise ValueError(f"a token map is a non-empty [V] array, not of shape {table.shape}")
+    canonical, first = np.unique(table, return_index=True)
+    size = canonical.size
+    if canonical[0] != 0 or canonical[-1] != size - 1 or np.any(np.diff(first) < 0):
+      raise ValueError("canonical ids must be 0, 1, 2, ... in order of first appearance")
+    table.flags.writeable = False
+    self.table = table
+    self.size = int(size)
+    self.digest = hashlib.sha256(table.tobytes()).hexdigest()
+
+  @classmethod
+  def from_tokenizer(
+    cls, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path | None = None
+  ) -> Self:
+    """The map of a tokenizer, read from or left in the folder `cache`, by the tokenizer's digest.
+
+    V is the largest id + 1, added tokens included. Ids in a gap of the vocabulary, which no text
+    can produce, read as the empty text.
+    """
+    if cache is None:
+      return cls._build(tokenizer)
+    name = f"token_map-{RULE}-{tokenizer_digest(tokenizer)[:32]}.npz"
+    path = pathlib.Path(cache) / name
+    found = _load(path)
+    if found is not None:
+      return cls(found)
+    made = cls._build(tokenizer)
+    _save(path, made.table)
+    return made
+
+  @classmethod
+  def _build(cls, tokenizer: tokenizers.Tokenizer) -> Self:
+    ids = range(max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1)
+    texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
+    return cls.from_texts(texts, [tokenizer.id_to_token(i) or "" for i in ids])
+
+  @classmethod
+  def from_texts(cls, texts: Sequence[str], raws: Sequence[str]) -> Self:
+    """The map of ids whose decoded texts and raw token strings are given, in the ids' order."""
+    if len(texts) != len(raws):
+      raise ValueError(f"{len(texts)} texts but {len(raws)} raw tokens: one of each per id")
+    normalise = _normalizer().normalize_str
+    seen: dict[str, int] = {}
+    table = np.empty(len(texts), np.int32)
+    for i, (text, raw) in enumerate(zip(texts, raws, strict=True)):
+      key = raw if REPLACEMENT in text else normalise(text) or text
+      table[i] = seen.setdefault(key, len(seen))
+    return cls(table)
+
+  @classmethod
+  def identity(cls, vocab_size: int) -> Self:
+    """No compression: V' = V. For dialects that hash raw ids, and for the paper's ablation."""
+    return cls(np.arange(vocab_size, dtype=np.int32))
+
+  def __call__(self, ids: np.ndarray) -> np.ndarray:
+    """int32 canonical ids of integer ids of any shape; ValueError on an id outside [0, V)."""
+    ids = np.asarray(ids)
+    check_ids(ids, self.table.size, "token id")
+    return self.table[ids]
+
+  def classes(self, limit: int | None = None) -> list[tuple[int, ...]]:
+    """Ids that share a canonical id, the largest such classes first (paper, table 6)."""
+    counts = np.bincount(self.table, minlength=self.size)
+    order = np.argsort(-counts, kind="stable")[:limit]
+    members = np.split(np.argsort(self.table, kind="stable"), np.cumsum(counts)[:-1])
+    return [tuple(members[canonical].tolist()) for canonical in order]
+
+
+def check_ids(ids: np.ndarray, size: int, what: str) -> None:
+  """Refuses ids that are no integers or outside [0, size), naming the first and its position."""
+  if ids.dtype.kind not in "iu":
+    raise ValueError(f"{what}s are integers, not {ids.dtype}")
+  if ids.size == 0 or (ids.min() >= 0 and ids.max() < size):
+    return
+  position = np.argwhere((ids < 0) | (ids >= size))[0]
+  raise ValueError(
+    f"{what} {ids[tuple(position)]} at position {position.tolist()} is outside [0, {size})"
+  )
+
+
+def _load(path: pathlib.Path) -> np.ndarray | None:
+  """The cached table, or None where there is none or it is damaged: it is then built again."""
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      table, digest = file["table"], str(file["digest"])
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    return None
+  return table if hashlib.sha256(table.tobytes()).hexdigest() == digest else None
+
+
+def _save(path: pathlib.Path, table: np.ndarray) -> None:
+  """Writes beside and renames, so that a reader or a killed process never leaves half a file."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+  try:
+    with os.fdopen(handle, "wb") as file:
+      np.savez(file, table=table, digest=hashlib.sha256(table.tobytes()).hexdigest())
+    os.replace(part, path)
+  except BaseException:
+    pathlib.Path(part).unlink(missing_ok=True)
+    raise

@@ -1,0 +1,217 @@
+"""The hash rules of the paper and of the released models: multipliers, primes and tables.
+
+A layout is one frozen, hashable value (usable as a static argument of jit) that holds every
+constant of every layer as Python integers. Three dialects:
+
+- `engram`: the paper and its demo. Canonical ids; PCG64 multipliers seeded per layer.
+- `deepseek_v41`: DeepSeek-V4.1-Flash. The same constants; look-back ends at masked (image) tokens.
+- `qwen_ple`: Qwen3.8-Flash-Next. Raw ids; SplitMix64 multipliers, one set for all layers; the
+  history is the end-of-text id (`pad_id` carries it) and an end-of-text token ends look-back.
+
+In all of them the primes of a model are distinct: for each layer, then order, then head, the next
+prime from that order's `rows_per_head` on that no head has taken.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from engram_jax.memory.primes import primes_from
+
+DIALECTS = ("engram", "deepseek_v41", "qwen_ple")
+MAX_ROWS = 2**31 - 1  # row ids are int32, offsets included
+LAYER_STRIDE = 10007  # between the seeds of two layers (paper's demo)
+QWEN_SEED = 1234  # of the released model; its config does not say it
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+MASK_64 = 2**64 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class HashLayout:
+  """Every constant of a model's hash; make one with `HashLayout.build`.
+
+  Attributes by layer id: `multipliers[layer]` (N ints), `primes[layer]` (a tuple per order of a
+  prime per head), `offsets[layer]` (J ints: where each head's table starts), `rows[layer]` (int:
+  the sum of the primes).
+  """
+
+  dialect: str
+  layers: tuple[int, ...]
+  rows_per_head: tuple[int, ...]  # one per order
+  max_ngram: int
+  heads: int
+  compressed_vocab: int
+  pad_id: int
+  seed: int = 0
+
+  @classmethod
+  def build(
+    cls,
+    dialect: str,
+    layers: Sequence[int],
+    rows_per_head: int | Sequence[int],
+    max_ngram: int,
+    heads: int,
+    compressed_vocab: int,
+    pad_id: int,
+    seed: int = 0,
+  ) -> Self:
+    """The layout of a model.
+
+    Args:
+      layers: 0-based ids of the layers with a memory, in the order in which they take primes.
+      rows_per_head: where the prime search starts: one number, or one per order 2..max_ngram.
+      compressed_vocab: V'; ids are in [0, V'). `qwen_ple` hashes raw ids: its V' is V.
+      pad_id: canonical id that stands before the start of a text.
+      seed: of the multipliers. 0 is each dialect's released seed (1234 in `qwen_ple`).
+
+    Raises ValueError naming the field; a table of 2^31 rows or more has no int32 row ids.
+    """
+    if isinstance(rows_per_head, int | np.integer):
+      rows_per_head = [rows_per_head] * (max_ngram - 1)
+    return cls(
+      dialect=dialect,
+      layers=tuple(map(int, layers)),
+      rows_per_head=tuple(map(int, rows_per_head)),
+      max_ngram=int(max_ngram),
+      heads=int(heads),
+      compressed_vocab=int(compressed_vocab),
+      pad_id=int(pad_id),
+      seed=int(seed),
+    )
+
+  def __post_init__(self) -> None:
+    def require(ok: bool, message: str) -> None:
+      if not ok:
+        raise ValueError(message)
+
+    orders = self.max_ngram - 1
+    require(self.dialect in DIALECTS, f"dialect={self.dialect!r} is none of {', '.join(DIALECTS)}")
+    require(orders >= 1, f"max_ngram={self.max_ngram} must be at least 2")
+    require(self.heads >= 1, f"heads={self.heads} must be at least 1")
+    require(self.seed >= 0, f"seed={self.seed} must not be negative")
+    require(
+      len(set(self.layers)) == len(self.layers) and min(self.layers, default=0) >= 0,
+      f"layers={list(self.layers)} must be distinct and not negative",
+    )
+    require(
+      len(self.rows_per_head) == orders and min(self.rows_per_head) >= 1,
+      f"rows_per_head={list(self.rows_per_head)} must be {orders} positive numbers, "
+      f"one per order 2..{self.max_ngram}",
+    )
+    require(
+      1 <= self.compressed_vocab <= MAX_ROWS,
+      f"compressed_vocab={self.compressed_vocab} must be in [1, {MAX_ROWS}]",
+    )
+    require(
+      0 <= self.pad_id < self.compressed_vocab,
+      f"pad_id={self.pad_id} is outside [0, compressed_vocab={self.compressed_vocab})",
+    )
+    rows = self.heads * sum(self.rows_per_head)  # a lower bound, before any prime is searched
+    for count in itertools.chain([rows], self.rows.values() if rows <= MAX_ROWS else []):
+      require(count <= MAX_ROWS, f"a table of {count} rows has no int32 row ids: max {MAX_ROWS}")
+
+  @property
+  def columns(self) -> int:
+    """J = (N-1) K: rows looked up per token."""
+    return (self.max_ngram - 1) * self.heads
+
+  @functools.cached_property
+  def multipliers(self) -> dict[int, tuple[int, ...]]:
+    draw = _splitmix_multipliers if self.dialect == "qwen_ple" else _pcg_multipliers
+    drawn = {layer: draw(self, layer) for layer in self.layers}
+    for layer, factors in drawn.items():
+      largest = max(factors) * (self.compressed_vocab - 1)
+      assert largest < 2**63, f"layer {layer}: a product of {largest} overflows int64"
+    return drawn
+
+  @functools.cached_property
+  def primes(self) -> dict[int, tuple[tuple[int, ...], ...]]:
+    taken: set[int] = set()
+    streams = {start: primes_from(start) for start in self.rows_per_head}
+
+    def take(start: int) -> int:
+      # One stream per start never looks back: a prime it passed is taken.
+      prime = next(p for p in streams[start] if p not in taken)
+      taken.add(prime)
+      return prime
+
+    return {
+      layer: tuple(tuple(take(start) for _ in range(self.heads)) for start in self.rows_per_head)
+      for layer in self.layers
+    }
+
+  @functools.cached_property
+  def offsets(self) -> dict[int, tuple[int, ...]]:
+    return {
+      layer: tuple(itertools.accumulate(itertools.chain(*by_order), initial=0))[:-1]
+      for layer, by_order in self.primes.items()
+    }
+
+  @functools.cached_property
+  def rows(self) -> dict[int, int]:
+    return {layer: sum(map(sum, by_order)) for layer, by_order in self.primes.items()}
+
+  def describe(self) -> dict[str, Any]:
+    """The parameters and the constants they give, for JSON.
+
+    Multipliers are strings: they exceed 2^53, and a reader that keeps numbers as float64 would
+    corrupt them without a word.
+    """
+    return dataclasses.asdict(self) | {
+      "layers": list(self.layers),
+      "rows_per_head": list(self.rows_per_head),
+      "multipliers": {str(k): list(map(str, v)) for k, v in self.multipliers.items()},
+      "primes": {str(k): [list(heads) for heads in v] for k, v in self.primes.items()},
+    }
+
+  @classmethod
+  def from_description(cls, description: dict[str, Any]) -> Self:
+    """The layout `describe` wrote. Constants are rebuilt: ValueError where they differ."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    missing = (names | {"multipliers", "primes"}) - description.keys()
+    if missing:
+      raise ValueError(f"a hash layout's description lacks {', '.join(sorted(missing))}")
+    layout = cls.build(**{name: description[name] for name in names})
+    rebuilt = layout.describe()
+    for name in ("multipliers", "primes"):
+      if rebuilt[name] != description[name]:
+        raise ValueError(f"{name}: stored {description[name]} but rebuilt {rebuilt[name]}")
+    return layout
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """SHA-256 (hex) over every parameter and constant."""
+    return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
+
+
+def _half(layout: HashLayout) -> int:
+  """Half the largest factor whose product with any id stays below 2^63."""
+  return max(1, ((2**63 - 1) // layout.compressed_vocab) // 2)
+
+
+def _pcg_multipliers(layout: HashLayout, layer: int) -> tuple[int, ...]:
+  generator = np.random.default_rng(layout.seed + LAYER_STRIDE * layer)
+  drawn = generator.integers(0, _half(layout), size=layout.max_ngram, dtype=np.int64)
+  return tuple(2 * int(number) + 1 for number in drawn)
+
+
+def _splitmix_multipliers(layout: HashLayout, layer: int) -> tuple[int, ...]:
+  del layer  # the released model has one memory, and its rule no layer in it
+  seed = layout.seed or QWEN_SEED
+  states = ((seed + GOLDEN_GAMMA * (i + 1)) & MASK_64 for i in range(layout.max_ngram))
+  return tuple(2 * (_splitmix64(state) % _half(layout)) + 1 for state in states)
+
+
+def _splitmix64(state: int) -> int:
+  """One output of SplitMix64 (Steele, Lea and Flood 2014)."""
+  z = (state + GOLDEN_GAMMA) & MASK_64
+  z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
+  z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK_64
+  return z ^ (z >> 31)

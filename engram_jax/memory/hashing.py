@@ -1,0 +1,136 @@
+"""Canonical ids to hash ids: suffix n-grams, multiplied, XORed and reduced by primes (eq. 1-2).
+
+For a layer's odd multipliers m_0..m_{N-1}, order n in 2..N and head k,
+
+    mix_{t,n} = XOR_{i<n} x_{t-i} m_i        z_{t,n,k} = mix_{t,n} mod p_{n,k}
+
+in 64 bits: products stay below 2^63, and the same in 32 bits gives other ids. `hash_ids_numpy` is
+for the host and imports no jax; `hash_ids` gives the same numbers inside jit.
+
+What a position does not see reads as the pad id. Look-back ends, for all older tokens too,
+
+- before the start of the sequence, unless `history_BH` says what came before;
+- where the segment id changes (packed documents);
+- at a masked token. A masked token's own n-grams are all pads;
+- in the dialect `qwen_ple`, at an end-of-text token (whose id is the layout's `pad_id`).
+"""
+
+from typing import Any
+
+import numpy as np
+
+from engram_jax.memory.compress import check_ids
+from engram_jax.memory.dialects import HashLayout
+
+__all__ = ["HashLayout", "hash_ids_numpy", "look_back"]
+
+
+def hash_ids_numpy(
+  layout: HashLayout,
+  layer: int,
+  ids_BT: np.ndarray,
+  segments_BT: np.ndarray | None = None,
+  history_BH: np.ndarray | None = None,
+  mask_BT: np.ndarray | None = None,
+) -> np.ndarray:
+  """Hash ids of one layer, per head: int32 [B, T, J], each in [0, its head's prime).
+
+  Columns are in the order of `layout.primes[layer]`: order 2's heads first. Row ids are the
+  result + `layout.offsets[layer]`.
+
+  Args:
+    ids_BT: canonical ids, integers in [0, layout.compressed_vocab).
+    segments_BT: integers; look-back ends where they change.
+    history_BH: the H canonical ids before the first column, the newest last; any H, of which the
+      last N-1 count. They are of the first column's document.
+    mask_BT: bool; True where no text token stands (an image's place).
+    segments_BT and mask_BT may be [B, H+T] and then cover the history too.
+
+  Raises ValueError on an id outside its range (naming it and its position), a layer the layout
+  has not, or shapes that do not agree.
+  """
+  ids_BT = np.asarray(ids_BT)
+  check_shapes(layout, layer, ids_BT, segments_BT, history_BH, mask_BT)
+  check_ids(ids_BT, layout.compressed_vocab, "canonical id")
+  if history_BH is not None:
+    history_BH = np.asarray(history_BH)
+    check_ids(history_BH, layout.compressed_vocab, "canonical history id")
+  seen = look_back(np, layout, ids_BT, segments_BT, history_BH, mask_BT)
+  out_JBT = np.empty((layout.columns, *ids_BT.shape), np.int32)
+  multipliers = np.array(layout.multipliers[layer], np.uint64)
+  mix_BT = seen[0].astype(np.uint64) * multipliers[0]
+  column = 0
+  for older_BT, multiplier, primes in zip(
+    seen[1:], multipliers[1:], layout.primes[layer], strict=True
+  ):
+    mix_BT ^= older_BT.astype(np.uint64) * multiplier
+    for prime in map(np.uint64, primes):
+      # NumPy divides by a scalar with multiplications; its remainder divides, at twice the time.
+      out_JBT[column] = mix_BT - mix_BT // prime * prime
+      column += 1
+  return np.ascontiguousarray(np.moveaxis(out_JBT, 0, -1))
+
+
+def look_back(
+  xp: Any,
+  layout: HashLayout,
+  ids_BT: Any,
+  segments_BT: Any = None,
+  history_BH: Any = None,
+  mask_BT: Any = None,
+) -> list[Any]:
+  """The N tokens each position sees, [B, T] each, newest first; `xp` is numpy or jax.numpy.
+
+  The pad id stands wherever look-back has ended.
+  """
+  B, T = ids_BT.shape
+  context = layout.max_ngram - 1
+
+  def extend(x, filler):
+    """[B, T] or [B, H+T] to [B, N-1+T]: what is missing on the left is filled."""
+    x = xp.asarray(x)[:, -(context + T) :]
+    missing = xp.broadcast_to(filler, (B, context + T - x.shape[1])).astype(x.dtype)
+    return xp.concatenate([missing, x], axis=1)
+
+  def before(x, i):
+    return x[:, context - i : context - i + T]
+
+  if history_BH is not None:
+    ids_BT = xp.concatenate([history_BH.astype(ids_BT.dtype), ids_BT], axis=1)
+  ids = extend(ids_BT, layout.pad_id)
+  ends = xp.zeros(ids.shape, bool) if mask_BT is None else extend(mask_BT, False)
+  pad = xp.asarray(layout.pad_id, ids.dtype)
+  reached = ~before(ends, 0)
+  seen = [xp.where(reached, before(ids, 0), pad)]
+  if layout.dialect == "qwen_ple":
+    ends = ends | (ids == layout.pad_id)
+  if segments_BT is not None:
+    segments = extend(segments_BT, xp.asarray(segments_BT)[:, :1])
+  for i in range(1, layout.max_ngram):
+    reached = reached & ~before(ends, i)
+    if segments_BT is not None:
+      reached = reached & (before(segments, i) == before(segments, 0))
+    seen.append(xp.where(reached, before(ids, i), pad))
+  return seen
+
+
+def check_shapes(
+  layout: HashLayout,
+  layer: int,
+  ids_BT: Any,
+  segments_BT: Any = None,
+  history_BH: Any = None,
+  mask_BT: Any = None,
+) -> None:
+  """ValueError unless the layer is known and the arrays' shapes agree."""
+  if layer not in layout.layers:
+    raise ValueError(f"layer={layer} has no hash: the layout has layers {list(layout.layers)}")
+  if np.ndim(ids_BT) != 2:
+    raise ValueError(f"ids_BT is [B, T], not of shape {np.shape(ids_BT)}")
+  B, T = np.shape(ids_BT)
+  if history_BH is not None and (np.ndim(history_BH) != 2 or np.shape(history_BH)[0] != B):
+    raise ValueError(f"history_BH is [{B}, H], not of shape {np.shape(history_BH)}")
+  H = 0 if history_BH is None else np.shape(history_BH)[1]
+  for name, array in (("segments_BT", segments_BT), ("mask_BT", mask_BT)):
+    if array is not None and np.shape(array) not in ((B, T), (B, H + T)):
+      raise ValueError(f"{name} is [{B}, {T}] or [{B}, {H + T}], not of shape {np.shape(array)}")
