@@ -1,0 +1,1 @@
+"""Training: the loss, the learning rate, the optimizers of backbone and tables, and one step."""
