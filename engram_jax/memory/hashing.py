@@ -5,7 +5,7 @@ For a layer's odd multipliers m_0..m_{N-1}, order n in 2..N and head k,
     mix_{t,n} = XOR_{i<n} x_{t-i} m_i        z_{t,n,k} = mix_{t,n} mod p_{n,k}
 
 in 64 bits: products stay below 2^63, and the same in 32 bits gives other ids. `hash_ids_numpy` is
-for the host and imports no jax; `hash_ids` gives the same numbers inside jit.
+for the host; `hash_ids` gives the same numbers inside jit, and only calling it imports jax.
 
 What a position does not see reads as the pad id. Look-back ends, for all older tokens too,
 
@@ -15,14 +15,17 @@ What a position does not see reads as the pad id. Look-back ends, for all older 
 - in the dialect `qwen_ple`, at an end-of-text token (whose id is the layout's `pad_id`).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engram_jax.memory.compress import check_ids
 from engram_jax.memory.dialects import HashLayout
 
-__all__ = ["HashLayout", "hash_ids_numpy", "look_back"]
+if TYPE_CHECKING:
+  import jax
+
+__all__ = ["HashLayout", "hash_ids", "hash_ids_numpy", "invalid_ids"]
 
 
 def hash_ids_numpy(
@@ -55,20 +58,49 @@ def hash_ids_numpy(
   if history_BH is not None:
     history_BH = np.asarray(history_BH)
     check_ids(history_BH, layout.compressed_vocab, "canonical history id")
-  seen = look_back(np, layout, ids_BT, segments_BT, history_BH, mask_BT)
+    history_BH = history_BH.astype(np.uint64)
+  seen = look_back(np, layout, ids_BT.astype(np.uint64), segments_BT, history_BH, mask_BT)
   out_JBT = np.empty((layout.columns, *ids_BT.shape), np.int32)
   multipliers = np.array(layout.multipliers[layer], np.uint64)
-  mix_BT = seen[0].astype(np.uint64) * multipliers[0]
+  mix_BT = seen[0] * multipliers[0]
   column = 0
   for older_BT, multiplier, primes in zip(
     seen[1:], multipliers[1:], layout.primes[layer], strict=True
   ):
-    mix_BT ^= older_BT.astype(np.uint64) * multiplier
+    mix_BT ^= older_BT * multiplier
     for prime in map(np.uint64, primes):
       # NumPy divides by a scalar with multiplications; its remainder divides, at twice the time.
       out_JBT[column] = mix_BT - mix_BT // prime * prime
       column += 1
   return np.ascontiguousarray(np.moveaxis(out_JBT, 0, -1))
+
+
+def hash_ids(
+  layout: HashLayout,
+  layer: int,
+  ids_BT: "jax.Array | np.ndarray",
+  segments_BT: "jax.Array | np.ndarray | None" = None,
+  history_BH: "jax.Array | np.ndarray | None" = None,
+  mask_BT: "jax.Array | np.ndarray | None" = None,
+) -> "jax.Array":
+  """`hash_ids_numpy` inside jit (or eagerly), without jax_enable_x64: int32 [B, T, J].
+
+  `layout` and `layer` are static. Values cannot raise under jit: an id outside
+  [0, layout.compressed_vocab) is treated as a masked token, so it is never hashed and every result
+  is in range; `invalid_ids` counts them. ValueError on an unknown layer, or on shapes or dtypes
+  that do not agree.
+  """
+  from engram_jax.memory import hashing_jit
+
+  check_shapes(layout, layer, ids_BT, segments_BT, history_BH, mask_BT)
+  return hashing_jit.hash_ids(layout, layer, ids_BT, segments_BT, history_BH, mask_BT)
+
+
+def invalid_ids(layout: HashLayout, ids: "jax.Array | np.ndarray") -> "jax.Array":
+  """How many ids of an integer array lie outside [0, compressed_vocab): int32 scalar, jittable."""
+  from engram_jax.memory import hashing_jit
+
+  return hashing_jit.invalid_ids(layout, ids)
 
 
 def look_back(
@@ -79,9 +111,9 @@ def look_back(
   history_BH: Any = None,
   mask_BT: Any = None,
 ) -> list[Any]:
-  """The N tokens each position sees, [B, T] each, newest first; `xp` is numpy or jax.numpy.
+  """The N tokens each position sees, [B, T] each, newest first; the pad id where none is seen.
 
-  The pad id stands wherever look-back has ended.
+  One definition for both halves: `xp` is numpy or jax.numpy. Ids are unsigned integers.
   """
   B, T = ids_BT.shape
   context = layout.max_ngram - 1
@@ -89,17 +121,19 @@ def look_back(
   def extend(x, filler):
     """[B, T] or [B, H+T] to [B, N-1+T]: what is missing on the left is filled."""
     x = xp.asarray(x)[:, -(context + T) :]
-    missing = xp.broadcast_to(filler, (B, context + T - x.shape[1])).astype(x.dtype)
+    filler = xp.asarray(filler, x.dtype)
+    missing = xp.broadcast_to(filler, (B, context + T - x.shape[1]))
     return xp.concatenate([missing, x], axis=1)
 
   def before(x, i):
     return x[:, context - i : context - i + T]
 
   if history_BH is not None:
-    ids_BT = xp.concatenate([history_BH.astype(ids_BT.dtype), ids_BT], axis=1)
-  ids = extend(ids_BT, layout.pad_id)
-  ends = xp.zeros(ids.shape, bool) if mask_BT is None else extend(mask_BT, False)
-  pad = xp.asarray(layout.pad_id, ids.dtype)
+    ids_BT = xp.concatenate([history_BH, ids_BT], axis=1)
+  pad = xp.asarray(layout.pad_id, ids_BT.dtype)
+  ids = extend(ids_BT, pad)
+  masked = xp.zeros((B, T), bool) if mask_BT is None else xp.asarray(mask_BT, bool)
+  ends = extend(masked, False)
   reached = ~before(ends, 0)
   seen = [xp.where(reached, before(ids, 0), pad)]
   if layout.dialect == "qwen_ple":
