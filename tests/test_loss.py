@@ -1,5 +1,7 @@
 """The chunked loss is the plain one: values, gradients, masks, dtypes, and what it never makes."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -19,16 +21,16 @@ def _inputs(dtype=jnp.float32, seed=0):
   return hidden, head, targets, jax.random.bernoulli(keys[3], 0.7, (B, T))
 
 
-def _grads(loss, hidden, head, targets, mask, **options):
+@functools.partial(jax.jit, static_argnames=("loss", "chunk", "z_loss"))
+def _grads(loss, hidden, head, targets, mask, chunk=4, z_loss=0.0):
   def mean(hidden, head):
-    total, aux = loss(hidden, head, targets, mask, **options)
+    total, aux = loss(hidden, head, targets, mask, chunk=chunk, z_loss=z_loss)
     return total / jnp.maximum(aux["tokens"], 1.0), aux
 
-  return jax.jit(jax.value_and_grad(mean, argnums=(0, 1), has_aux=True))(hidden, head)
+  return jax.value_and_grad(mean, argnums=(0, 1), has_aux=True)(hidden, head)
 
 
-@pytest.mark.parametrize("chunk", [1, 6, 8, 1000])
-@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize(("chunk", "z_loss"), [(1, 0.1), (4, 0.0), (6, 0.1), (1000, 0.0)])
 def test_equals_the_reference_in_value_and_gradient(chunk, z_loss):
   inputs = _inputs()
   ours = _grads(chunked_cross_entropy, *inputs, chunk=chunk, z_loss=z_loss)
@@ -38,14 +40,13 @@ def test_equals_the_reference_in_value_and_gradient(chunk, z_loss):
   assert (ours[0][1]["z_sum"] > 0) == (z_loss > 0)
 
 
-@pytest.mark.parametrize("chunk", [3, 1000])
-def test_evaluation_equals_training(chunk):
+def test_evaluation_equals_training():
   """The primal alone (no gradient work) and the differentiated forward give the same numbers."""
   inputs = _inputs()
   total, aux = jax.jit(chunked_cross_entropy, static_argnames=("chunk", "z_loss"))(
-    *inputs, chunk=chunk, z_loss=0.1
+    *inputs, chunk=6, z_loss=0.1
   )
-  (mean, trained), _ = _grads(chunked_cross_entropy, *inputs, chunk=chunk, z_loss=0.1)
+  (mean, trained), _ = _grads(chunked_cross_entropy, *inputs, chunk=6, z_loss=0.1)
   chex.assert_trees_all_close((total / aux["tokens"], aux), (mean, trained), rtol=1e-6)
   np.testing.assert_allclose(aux["nll_BT"].sum(), aux["nll_sum"], rtol=1e-6)
   np.testing.assert_allclose(total, aux["nll_sum"] + aux["z_sum"], rtol=1e-6)
@@ -53,9 +54,7 @@ def test_evaluation_equals_training(chunk):
 
 def test_bfloat16_hidden_accumulates_in_float32():
   hidden, head, targets, mask = _inputs(jnp.bfloat16)
-  (ours, aux), (d_hidden, d_head) = _grads(
-    chunked_cross_entropy, hidden, head, targets, mask, chunk=4
-  )
+  (ours, aux), (d_hidden, d_head) = _grads(chunked_cross_entropy, hidden, head, targets, mask)
   (plain, _), (e_hidden, e_head) = _grads(
     cross_entropy_reference, hidden.astype(jnp.float32), head, targets, mask
   )
@@ -69,20 +68,21 @@ def test_bfloat16_hidden_accumulates_in_float32():
 def test_masked_tokens_carry_no_gradient_and_their_targets_are_not_read():
   hidden, head, targets, mask = _inputs()
   (loss, aux), (d_hidden, d_head) = _grads(
-    chunked_cross_entropy, hidden, head, targets, mask, chunk=4, z_loss=0.1
+    chunked_cross_entropy, hidden, head, targets, mask, chunk=6, z_loss=0.1
   )
-  assert (d_hidden[~mask] == 0).all()
-  assert (d_hidden[mask] != 0).any(axis=-1).all()
-  assert (aux["nll_BT"][~mask] == 0).all()
+  seen, d_hidden_BTD = np.asarray(mask), np.asarray(d_hidden)
+  assert (d_hidden_BTD[~seen] == 0).all()
+  assert (d_hidden_BTD[seen] != 0).any(axis=-1).all()
+  assert (np.asarray(aux["nll_BT"])[~seen] == 0).all()
   other = jnp.where(mask, targets, V + 5)
-  again = _grads(chunked_cross_entropy, hidden, head, other, mask, chunk=4, z_loss=0.1)
+  again = _grads(chunked_cross_entropy, hidden, head, other, mask, chunk=6, z_loss=0.1)
   chex.assert_trees_all_equal(((loss, aux), (d_hidden, d_head)), again)
 
 
 def test_a_window_without_targets_is_finite():
   hidden, head, targets, _ = _inputs()
   nothing = jnp.zeros((B, T), bool)
-  (loss, aux), grads = _grads(chunked_cross_entropy, hidden, head, targets, nothing, chunk=4)
+  (loss, aux), grads = _grads(chunked_cross_entropy, hidden, head, targets, nothing)
   assert loss == 0
   assert aux["tokens"] == 0
   chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, grads))
@@ -90,15 +90,15 @@ def test_a_window_without_targets_is_finite():
 
 def test_extreme_logits_stay_finite():
   hidden, head, targets, mask = _inputs()
-  out = _grads(chunked_cross_entropy, 1e4 * hidden, 1e4 * head, targets, mask, chunk=4)
+  out = _grads(chunked_cross_entropy, 1e4 * hidden, 1e4 * head, targets, mask)
   chex.assert_tree_all_finite(out)
 
 
 def test_an_unmasked_target_outside_the_vocabulary_is_not_silent():
   hidden, head, targets, _ = _inputs()
   everything = jnp.ones((B, T), bool)
-  total, _ = chunked_cross_entropy(hidden, head, targets.at[0, 0].set(V), everything, chunk=4)
-  assert jnp.isnan(total)
+  (loss, _), _ = _grads(chunked_cross_entropy, hidden, head, targets.at[0, 0].set(V), everything)
+  assert np.isnan(loss)
 
 
 def test_aux_carries_no_gradient():
