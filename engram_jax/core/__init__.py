@@ -1,0 +1,1 @@
+"""What any JAX project would need: mesh, checkpoints, metrics, signals, the machine's peak."""

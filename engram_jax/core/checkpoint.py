@@ -1,0 +1,344 @@
+"""Checkpoints: Orbax writes the arrays, a manifest says which steps can be trusted.
+
+    with Checkpoints(directory, keep=2) as checkpoints:
+      step = checkpoints.newest_valid(report=print)
+      if step is not None:
+        state = checkpoints.restore(step, like=state)
+      ...
+      checkpoints.save(step, state, meta)
+
+A checkpoint is a folder `step_00000100/` holding `state/` (Orbax; one flat dict from leaf path to
+array) and `manifest.json` (engram_jax.core.manifest). It is written under another name, in this
+order: arrays, Orbax's commit, the manifest, and last the rename to its own name; only then are
+older ones deleted, and they are renamed first. So whenever the process dies, a folder with a step's
+name is complete, and what is not is told by its name and removed when the folder is next opened for
+writing. One process at a time writes (the caller sees to it); several hosts are refused.
+"""
+
+import concurrent.futures
+import contextlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from engram_jax.core import manifest
+from engram_jax.errors import StorageError
+
+PyTree = Any
+
+STATE = "state"
+UNFINISHED = ".unfinished"  # being written
+REMOVED = ".removed"  # being deleted
+_COMMITTED = re.compile(r"step_(\d{8,})")
+_LEFTOVER = re.compile(rf"step_\d{{8,}}({UNFINISHED}|{REMOVED})".replace(".", r"\."))
+_LIBRARIES = ("engram_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class Checkpoints:
+  """The checkpoints of one run: asynchronous saves, verified restores, the last few kept."""
+
+  def __init__(self, directory: str | os.PathLike, keep: int | None):
+    """Opens `directory`; when writing, makes it and removes what a killed process left behind.
+
+    Args:
+      directory: holds one folder per step.
+      keep: how many of the newest checkpoints stay; None opens the folder for reading only.
+
+    Raises:
+      ValueError: keep is below 1.
+      StorageError: the folder cannot be written, or JAX runs in several processes.
+    """
+    if keep is not None and keep < 1:
+      raise ValueError(f"keep={keep} must be at least 1: the newest checkpoint always stays")
+    if jax.process_count() > 1:
+      raise StorageError(
+        f"{directory}: checkpoints are written by 1 process, and there are {jax.process_count()}"
+      )
+    self.directory = pathlib.Path(directory).absolute()
+    self._keep = keep
+    self._sound: set[int] = set()  # steps whose files were seen to match their manifest
+    self._damaged: set[int] = set()
+    if keep is not None:
+      with _as_storage_error(self.directory, "cannot be written"):
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._remove_leftovers()
+    # Float weights do not compress; trying costs more than all the rest of a save.
+    self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+    self._pending: concurrent.futures.Future[None] | None = None
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
+    """Starts writing a checkpoint; the arrays may be donated or overwritten once this returns.
+
+    Waits for the save before it, if that is still running.
+
+    Args:
+      step: the number of steps behind this state.
+      state: a tree whose leaves are jax arrays with a definite dtype.
+      meta: JSON values to be handed back by `meta`.
+
+    Raises:
+      ValueError: a leaf is not such an array, meta is not JSON, or the step is already saved.
+      StorageError: this save cannot be started, or the one before it failed in the background.
+    """
+    if self._keep is None:
+      raise ValueError(f"{self.directory} was opened for reading only (keep=None)")
+    self.wait()
+    leaves = _leaves_by_path(state)
+    for path, leaf in leaves.items():
+      _require_array(path, leaf)
+    meta = json.loads(json.dumps(meta, allow_nan=False))  # as it is now: the caller's may change
+    folder = self._folder(step)
+    if folder.exists() and self._problem(step) is None:
+      raise ValueError(f"{folder} already holds a good checkpoint, which is never overwritten")
+    arrays = _own_copies({path: leaf for path, leaf in leaves.items() if leaf.size})
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    with _as_storage_error(unfinished, "cannot be written"):
+      shutil.rmtree(unfinished, ignore_errors=True)  # of a save that failed
+      unfinished.mkdir()
+      self._orbax.save(unfinished / STATE, args=ocp.args.PyTreeSave(arrays))
+    tree = {path: _signature(leaf) for path, leaf in leaves.items()}
+    self._pending = self._thread.submit(self._commit, step, tree, meta)
+
+  def wait(self) -> None:
+    """Returns once the last save is on the disk; StorageError if it failed."""
+    pending, self._pending = self._pending, None
+    if pending is not None:
+      pending.result()
+
+  def steps(self) -> list[int]:
+    """The steps that have a checkpoint, rising: the last save's too, and damaged ones'."""
+    self.wait()
+    return self._steps()
+
+  def newest_valid(self, report: Callable[[str], None]) -> int | None:
+    """The newest step whose files all match its manifest; None if there is none.
+
+    Every newer one that is damaged is reported in one line and stays where it is, until the run
+    saves that step again or newer checkpoints take its place.
+    """
+    self.wait()
+    for step in reversed(self._steps()):
+      problem = self._problem(step)
+      if problem is None:
+        return step
+      report(f"checkpoint of step {step} cannot be used: {problem}")
+    return None
+
+  def meta(self, step: int) -> dict[str, Any]:
+    """What was given as `meta` when the step was saved; StorageError if its manifest is damaged."""
+    self.wait()
+    return manifest.read(self._folder(step))["meta"]
+
+  def restore(self, step: int, like: PyTree, *, partial: bool = False) -> PyTree:
+    """The state of a step, bit for bit, in the form and on the devices of `like`.
+
+    Args:
+      step: one of `steps`; its files are verified unless `newest_valid` has just done so.
+      like: a tree of jax arrays or jax.ShapeDtypeStructs with the saved paths, shapes and dtypes.
+        A leaf that is committed to devices is restored with its sharding, which may differ from
+        the one it was saved with; any other goes to the default device, uncommitted.
+      partial: leave out what the checkpoint has and `like` has not, such as optimizer moments.
+
+    Raises StorageError if the files are damaged or a path, shape or dtype differs.
+    """
+    self.wait()
+    if step not in self._sound and (problem := self._problem(step)):
+      raise StorageError(f"checkpoint of step {step} cannot be used: {problem}")
+    folder = self._folder(step)
+    wanted = _leaves_by_path(like)
+    _require_same_tree(folder, manifest.read(folder)["tree"], wanted, partial)
+    stored = {path: leaf for path, leaf in wanted.items() if leaf.size}
+    with _as_storage_error(folder, "cannot be read"):
+      arrays = self._orbax.restore(
+        folder / STATE,
+        args=ocp.args.PyTreeRestore(
+          item=stored,
+          restore_args={path: _restore_args(leaf) for path, leaf in stored.items()},
+          partial_restore=True,
+        ),
+      )
+    leaves = [_placed(arrays.get(path), leaf) for path, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+  def close(self) -> None:
+    """Finishes the last save and stops the threads; StorageError if that save failed."""
+    try:
+      self.wait()
+    finally:
+      self._thread.shutdown()
+      self._orbax.close()
+
+  def _folder(self, step: int) -> pathlib.Path:
+    return self.directory / f"step_{step:08d}"
+
+  def _steps(self) -> list[int]:
+    if not self.directory.is_dir():
+      return []
+    names = (_COMMITTED.fullmatch(path.name) for path in self.directory.iterdir())
+    return sorted(int(match[1]) for match in names if match)
+
+  def _problem(self, step: int) -> str | None:
+    self._sound.discard(step)
+    folder = self._folder(step)
+    problem = manifest.verify(folder)
+    if problem is None and (written := manifest.read(folder)["step"]) != step:
+      problem = f"{folder} holds step {written}: it was renamed"
+    (self._sound if problem is None else self._damaged).add(step)
+    return problem
+
+  def _commit(self, step: int, tree: dict[str, str], meta: dict[str, Any]) -> None:
+    """What happens after the arrays were copied; runs in the background."""
+    folder = self._folder(step)
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    with _as_storage_error(folder, "cannot be written"):
+      try:
+        self._orbax.wait_until_finished()
+        content = manifest.build(unfinished, step=step, tree=tree, meta=meta, versions=_versions())
+        manifest.write(unfinished, content)
+        self._remove(step)  # a damaged checkpoint of the same step
+        unfinished.rename(folder)
+      except Exception:
+        shutil.rmtree(unfinished, ignore_errors=True)  # a full disk needs the room
+        raise
+      manifest.sync_directory(self.directory)
+      self._sound.add(step)
+      self._damaged.discard(step)
+      self._remove_older(step)
+
+  def _remove_older(self, newest: int) -> None:
+    older = [step for step in self._steps() if step < newest]
+    good = [step for step in older if step not in self._damaged]
+    stay = good[max(0, len(good) - (self._keep - 1)) :]
+    for step in older:
+      if step not in stay:
+        self._remove(step)
+
+  def _remove(self, step: int) -> None:
+    folder = self._folder(step)
+    if folder.exists():
+      # Under its own name a half-deleted checkpoint would look like a damaged one.
+      removed = folder.with_name(folder.name + REMOVED)
+      folder.rename(removed)
+      self._sound.discard(step)
+      self._damaged.discard(step)
+      shutil.rmtree(removed)
+
+  def _remove_leftovers(self) -> None:
+    for path in self.directory.iterdir():
+      if _LEFTOVER.fullmatch(path.name):
+        shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _as_storage_error(path: pathlib.Path, what: str) -> Iterator[None]:
+  """Turns what the system, Orbax and TensorStore raise about files into a StorageError."""
+  try:
+    yield
+  except (OSError, ValueError, RuntimeError) as error:
+    reason = " ".join(str(error).split())
+    raise StorageError(f"{path} {what}: {reason}") from error
+
+
+def _leaves_by_path(tree: PyTree) -> dict[str, Any]:
+  """Leaves by path, "params/blocks/0/w_key", in the tree's order."""
+  found = {}
+  for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    path = jax.tree_util.keystr(keys, simple=True, separator="/")
+    if path in found or not path:
+      raise ValueError(f"two leaves share the path {path!r}" if path else "the state is one leaf")
+    found[path] = leaf
+  return found
+
+
+def _require_array(path: str, leaf: Any) -> None:
+  if not isinstance(leaf, jax.Array):
+    raise ValueError(f"leaf {path} is a {type(leaf).__name__}: a state's leaves are jax arrays")
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    raise ValueError(f"leaf {path} is a typed key: save jax.random.key_data of it")
+  if leaf.weak_type:
+    # Restored it would be strong, and the resumed run's arithmetic would promote differently.
+    raise ValueError(f"leaf {path} is weakly typed: make it with an explicit dtype")
+
+
+def _own_copies(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """Copies arrays in host memory; Orbax takes its own copy only of those on an accelerator.
+
+  A view of a CPU array would survive donation only because it keeps XLA from reusing the buffer.
+  """
+  mine = {path: array for path, array in arrays.items() if _in_host_memory(array)}
+  places = {path: array.sharding for path, array in mine.items()}
+  return arrays | jax.block_until_ready(jax.device_put(mine, places, may_alias=False))
+
+
+def _in_host_memory(array: jax.Array) -> bool:
+  kind = array.sharding.memory_kind
+  return kind in ("pinned_host", "unpinned_host") or any(
+    device.platform == "cpu" for device in array.sharding.device_set
+  )
+
+
+def _signature(leaf: Any) -> str:
+  return f"{jnp.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+
+def _require_same_tree(
+  folder: pathlib.Path, saved: dict[str, str], wanted: dict[str, Any], partial: bool
+) -> None:
+  """Refuses what Orbax would cast, cut or leave out without a word."""
+  here = {path: _signature(leaf) for path, leaf in wanted.items()}
+  problems = []
+  for path in here | saved:
+    if path not in saved:
+      problems.append(f"leaf {path} is not in the checkpoint, {here[path]} in the state")
+    elif path not in here and not partial:
+      problems.append(f"leaf {path} is {saved[path]} in the checkpoint, not in the state")
+    elif path in here and here[path] != saved[path]:
+      problems.append(f"leaf {path} is {saved[path]} in the checkpoint, {here[path]} in the state")
+  if problems:
+    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    raise StorageError(f"{folder} does not fit this state: {'; '.join(problems[:3])}{more}")
+
+
+def _committed(like: Any) -> bool:
+  return like.committed if isinstance(like, jax.Array) else like.sharding is not None
+
+
+def _restore_args(like: Any) -> ocp.RestoreArgs:
+  if not _committed(like):
+    return ocp.RestoreArgs(restore_type=np.ndarray, dtype=like.dtype)
+  return ocp.ArrayRestoreArgs(
+    restore_type=jax.Array, dtype=like.dtype, sharding=like.sharding, global_shape=like.shape
+  )
+
+
+def _placed(array: Any, like: Any) -> jax.Array:
+  if array is None:  # Orbax stores no arrays without elements
+    array = np.zeros(like.shape, like.dtype)
+  if isinstance(array, jax.Array):
+    return array
+  return jax.device_put(array, like.sharding if _committed(like) else None)
+
+
+def _versions() -> dict[str, str]:
+  found = {}
+  for name in _LIBRARIES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a source tree
+      found[name] = importlib.metadata.version(name)
+  return found
