@@ -118,8 +118,9 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Returns once the last save is on the disk; StorageError if it failed."""
-    pending, self._pending = self._pending, None
-    if pending is not None:
+    if self._pending is not None:
+      concurrent.futures.wait([self._pending])  # an interrupt here leaves it pending
+      pending, self._pending = self._pending, None
       pending.result()
 
   def steps(self) -> list[int]:
@@ -195,13 +196,16 @@ class Checkpoints:
     return sorted(int(match[1]) for match in names if match)
 
   def _problem(self, step: int) -> str | None:
-    self._sound.discard(step)
     folder = self._folder(step)
     problem = manifest.verify(folder)
     if problem is None and (written := manifest.read(folder)["step"]) != step:
       problem = f"{folder} holds step {written}: it was renamed"
-    (self._sound if problem is None else self._damaged).add(step)
+    self._mark(step, sound=problem is None)
     return problem
+
+  def _mark(self, step: int, sound: bool) -> None:
+    (self._sound if sound else self._damaged).add(step)
+    (self._damaged if sound else self._sound).discard(step)
 
   def _commit(self, step: int, tree: dict[str, str], meta: dict[str, Any]) -> None:
     """What happens after the arrays were copied; runs in the background."""
@@ -218,8 +222,7 @@ class Checkpoints:
         shutil.rmtree(unfinished, ignore_errors=True)  # a full disk needs the room
         raise
       manifest.sync_directory(self.directory)
-      self._sound.add(step)
-      self._damaged.discard(step)
+      self._mark(step, sound=True)
       self._remove_older(step)
 
   def _remove_older(self, newest: int) -> None:
@@ -236,8 +239,6 @@ class Checkpoints:
       # Under its own name a half-deleted checkpoint would look like a damaged one.
       removed = folder.with_name(folder.name + REMOVED)
       folder.rename(removed)
-      self._sound.discard(step)
-      self._damaged.discard(step)
       shutil.rmtree(removed)
 
   def _remove_leftovers(self) -> None:
@@ -280,7 +281,8 @@ def _require_array(path: str, leaf: Any) -> None:
 def _own_copies(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
   """Copies arrays in host memory; Orbax takes its own copy only of those on an accelerator.
 
-  A view of a CPU array would survive donation only because it keeps XLA from reusing the buffer.
+  Of a CPU array it would write a view, which keeps the next step from donating the array, and which
+  changes with the NumPy array that `jax.device_put` may have made it of without a copy.
   """
   mine = {path: array for path, array in arrays.items() if _in_host_memory(array)}
   places = {path: array.sharding for path, array in mine.items()}
