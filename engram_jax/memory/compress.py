@@ -138,8 +138,8 @@ def check_ids(ids: np.ndarray, size: int, what: str) -> None:
 def _load(path: pathlib.Path) -> np.ndarray | None:
   """The cached table, or None where there is none or it is damaged: it is then built again."""
   try:
-    with np.load(path, allow_pickle=False) as file:
-      table, digest = file["table"], str(file["digest"])
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+      table, digest = arrays["table"], str(arrays["digest"])
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
     return None
   return table if hashlib.sha256(table.tobytes()).hexdigest() == digest else None
