@@ -11,6 +11,7 @@ from tokenizers import models
 
 from engram_jax.config import DataConfig
 from engram_jax.data.download import cache_dir, fetch_wheel
+from engram_jax.errors import StorageError
 from engram_jax.memory.compress import TokenCompressor, tokenizer_digest
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -125,6 +126,12 @@ def test_a_damaged_cache_is_built_again(tokenizer, tmp_path, damage):
   assert TokenCompressor.from_tokenizer(tokenizer, cache=tmp_path).digest == made.digest
   assert kept.read_bytes() == whole
   assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(tokenizer, tmp_path):
+  (tmp_path / "file").write_text("in the way")
+  with pytest.raises(StorageError, match=r"token map's cache .*/file/token_map"):
+    TokenCompressor.from_tokenizer(tokenizer, cache=tmp_path / "file")
 
 
 @pytest.mark.slow

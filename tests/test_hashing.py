@@ -280,6 +280,8 @@ def test_ids_outside_the_vocabulary_are_masked_and_counted_in_jit(layout):
   )
   expected = hash_ids_numpy(layout, 1, ids, mask_BT=bad)
   np.testing.assert_array_equal(hash_ids(layout, 1, spoilt), expected)
+  with jax.enable_x64(True):
+    np.testing.assert_array_equal(hash_ids(layout, 1, jnp.asarray(spoilt)), expected)
   clipped = np.clip(spoilt, -(2**31), 2**31 - 1).astype(np.int32)
   np.testing.assert_array_equal(jax.jit(lambda x: hash_ids(layout, 1, x))(clipped), expected)
   counts = [invalid_ids(layout, spoilt), jax.jit(lambda x: invalid_ids(layout, x))(clipped)]

@@ -6,7 +6,6 @@ embedding and head keep the original vocabulary. NumPy only.
 """
 
 import hashlib
-import os
 import pathlib
 import tempfile
 import zipfile
@@ -16,6 +15,8 @@ from typing import Self
 import numpy as np
 import tokenizers
 from tokenizers import normalizers
+
+from engram_jax.errors import StorageError
 
 REPLACEMENT = "\ufffd"  # what decoding puts where the bytes are no UTF-8
 LONE_SPACE = "\ue000"  # private use: shelters a token that is one space from Strip
@@ -72,7 +73,7 @@ class TokenCompressor:
     """The map of a tokenizer, read from or left in the folder `cache`, by the tokenizer's digest.
 
     V is the largest id + 1, added tokens included. Ids in a gap of the vocabulary, which no text
-    can produce, read as the empty text.
+    can produce, read as the empty text. Raises StorageError where `cache` cannot be written.
     """
     if cache is None:
       return cls._build(tokenizer)
@@ -147,12 +148,11 @@ def _load(path: pathlib.Path) -> np.ndarray | None:
 
 def _save(path: pathlib.Path, table: np.ndarray) -> None:
   """Writes beside and renames, so that a reader or a killed process never leaves half a file."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
   try:
-    with os.fdopen(handle, "wb") as file:
-      np.savez(file, table=table, digest=hashlib.sha256(table.tobytes()).hexdigest())
-    os.replace(part, path)
-  except BaseException:
-    pathlib.Path(part).unlink(missing_ok=True)
-    raise
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as folder:
+      part = pathlib.Path(folder) / path.name
+      np.savez(part, table=table, digest=hashlib.sha256(table.tobytes()).hexdigest())
+      part.replace(path)
+  except OSError as error:
+    raise StorageError(f"the token map's cache {path} cannot be written: {error}") from None

@@ -85,15 +85,15 @@ def _hash_ids(layout, layer, ids_BT, segments_BT, history_BH, mask_BT):
 
 
 def _as_int32(ids: jax.Array | np.ndarray) -> jax.Array:
-  """int32, with 64-bit host integers clipped: jax would keep their low half, a wrong valid id."""
-  if not isinstance(ids, jax.Array):
-    ids = np.asarray(ids)
-    if ids.dtype.kind in "iu":
-      ids = np.where((ids < 0) | (ids > 2**31 - 1), -1, ids).astype(np.int32)
-  ids = jnp.asarray(ids)
-  if not jnp.issubdtype(ids.dtype, jnp.integer):
+  """Ids as int32; what int32 cannot hold stays invalid, where a cast would keep its low half."""
+  xp = jnp if isinstance(ids, jax.Array) else np
+  ids = xp.asarray(ids)
+  if ids.dtype.kind not in "iu":
     raise ValueError(f"canonical ids are integers, not {ids.dtype}")
-  return ids.astype(jnp.int32)  # a uint32 from 2^31 on turns negative and stays invalid
+  if ids.dtype.itemsize == 8:
+    # The largest int32 is no id: compressed_vocab is at most that.
+    ids = xp.where((ids < 0) | (ids > 2**31 - 1), 2**31 - 1, ids)
+  return jnp.asarray(ids.astype(np.int32))  # a uint32 from 2^31 on turns negative: invalid too
 
 
 def _is_invalid(layout: HashLayout, ids: jax.Array) -> jax.Array:
