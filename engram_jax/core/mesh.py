@@ -1,0 +1,45 @@
+"""The device mesh: four axes, of which any may have size 1 and then costs nothing.
+
+`data` and `fsdp` divide the batch (`fsdp` parameters too), `expert` the routed experts, `tensor`
+the width of matrices. Memory tables are sharded over all four, flattened.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "expert", "tensor")
+
+
+def make_mesh(
+  shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """A mesh over the devices (default: all), by axis name; axes not named have size 1.
+
+  Without a shape all devices are on `data`. Raises ValueError for an unknown axis, or sizes that do
+  not multiply to the number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  shape = {"data": len(devices)} if shape is None else dict(shape)
+  unknown = [axis for axis in shape if axis not in AXES]
+  if unknown:
+    raise ValueError(f"mesh has no axis {unknown[0]!r}: the axes are {', '.join(AXES)}")
+  sizes = tuple(shape.get(axis, 1) for axis in AXES)
+  if min(sizes) < 1 or math.prod(sizes) != len(devices):
+    raise ValueError(
+      f"mesh {shape} holds {math.prod(sizes)} devices but there are {len(devices)}: "
+      "positive sizes must multiply to that number"
+    )
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The leading axis over `data` and `fsdp`."""
+  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
