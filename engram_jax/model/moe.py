@@ -1,0 +1,100 @@
+"""DeepSeekMoE: shared experts that see every token, routed experts chosen per token.
+
+Scores are sigmoids; the top-k of score + bias are chosen, and weighted by their scores without the
+bias (arXiv 2401.06066, 2412.19437). The bias balances the load without a loss term and therefore
+without a gradient: after each step it moves by a fixed amount against an expert's load
+(arXiv 2408.15664).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from engram_jax.config import MoEConfig
+from engram_jax.model.dispatch import experts_for
+from engram_jax.model.ffn import FeedForward
+
+
+class RouterBias(nnx.Variable):
+  """The balancing bias [E] of a router: state that the step moves, never trained by gradient."""
+
+
+def route(
+  x_SD: jax.Array, w_router_DE: jax.Array, bias_E: jax.Array, top_k: int, scale: float
+) -> tuple[jax.Array, jax.Array]:
+  """Chooses K experts for each token, in float32 whatever the dtype of `x_SD`.
+
+  Returns:
+    experts_SK: int32 in [0, E), by falling score + bias.
+    weights_SK: float32, the chosen scores over their sum, times `scale`: a row sums to `scale`.
+      Differentiable through the scores; `bias_E` only chooses.
+  """
+  logits_SE = jnp.matmul(
+    x_SD.astype(jnp.float32), w_router_DE.astype(jnp.float32), precision=lax.Precision.HIGHEST
+  )
+  scores_SE = jax.nn.sigmoid(logits_SE)
+  experts_SK = lax.top_k(lax.stop_gradient(scores_SE + bias_E), top_k)[1]
+  chosen_SK = jnp.take_along_axis(scores_SE, experts_SK, axis=-1)
+  total_S1 = jnp.sum(chosen_SK, axis=-1, keepdims=True)
+  return experts_SK, chosen_SK / (total_S1 + 1e-20) * scale
+
+
+def expert_load(experts_SK: jax.Array, experts: int) -> jax.Array:
+  """Each expert's share of the assignments: float32 [E], sums to 1."""
+  return jnp.bincount(experts_SK.reshape(-1), length=experts) / jnp.float32(experts_SK.size)
+
+
+def updated_bias(bias_E: jax.Array, load_E: jax.Array, step_size: float) -> jax.Array:
+  """Loss-free balancing: `bias + step_size * sign(mean load - load)` (arXiv 2408.15664, alg. 1)."""
+  return bias_E + step_size * jnp.sign(jnp.mean(load_E) - load_E)
+
+
+class MoE(nnx.Module):
+  """Shared experts plus the chosen routed experts, each a SwiGLU feed-forward of width F.
+
+  Parameters, float32, normal with standard deviation `std`: w_router [D, E], w_experts_gate and
+  w_experts_up [E, D, F], w_experts_down [E, F, D], and with shared experts `shared`, one
+  `FeedForward` of width shared_experts * F. `bias` is a `RouterBias` [E], zeros.
+
+  cfg.dispatch chooses how the experts are computed (model/dispatch.py), never what.
+  """
+
+  def __init__(self, cfg: MoEConfig, width: int, std: float, *, rngs: nnx.Rngs):
+    if not 0 < cfg.top_k <= cfg.routed_experts:
+      raise ValueError(
+        f"top_k={cfg.top_k} must be from 1 to routed_experts={cfg.routed_experts}, "
+        "and a mixture of experts needs at least one"
+      )
+    experts, hidden = cfg.routed_experts, cfg.expert_width
+    normal = nnx.initializers.normal(std)
+    self.cfg = cfg
+    self.w_router = nnx.Param(normal(rngs.params(), (width, experts), jnp.float32))
+    self.w_experts_gate = nnx.Param(normal(rngs.params(), (experts, width, hidden), jnp.float32))
+    self.w_experts_up = nnx.Param(normal(rngs.params(), (experts, width, hidden), jnp.float32))
+    self.w_experts_down = nnx.Param(normal(rngs.params(), (experts, hidden, width), jnp.float32))
+    self.bias = RouterBias(jnp.zeros(experts, jnp.float32))
+    self.shared = (
+      FeedForward(width, cfg.shared_experts * hidden, std, rngs=rngs)
+      if cfg.shared_experts
+      else None
+    )
+
+  def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """[B, T, D] -> ([B, T, D] of the same dtype, {"load": float32 [E], shares that sum to 1})."""
+    cfg, dtype = self.cfg, x_BTD.dtype
+    x_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    with jax.named_scope("router"):
+      experts_SK, weights_SK = route(
+        x_SD, self.w_router[...], self.bias[...], cfg.top_k, cfg.route_scale
+      )
+    with jax.named_scope("routed_experts"):
+      weights = (self.w_experts_gate, self.w_experts_up, self.w_experts_down)
+      y_SD = experts_for(cfg.dispatch)(
+        x_SD, experts_SK, weights_SK, *(w[...].astype(dtype) for w in weights)
+      )
+    y_BTD = y_SD.reshape(x_BTD.shape)
+    if self.shared is not None:
+      with jax.named_scope("shared_experts"):
+        y_BTD = y_BTD + self.shared(x_BTD)
+    return y_BTD, {"load": expert_load(experts_SK, cfg.routed_experts)}
