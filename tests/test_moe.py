@@ -207,7 +207,13 @@ def test_module_splits_into_parameters_and_biases():
 
 @pytest.fixture(scope="module")
 def moe() -> MoE:
-  return nnx.jit(lambda: MoE(CFG, WIDTH, 0.3, rngs=nnx.Rngs(0)))()
+  graphdef, params, biases = nnx.split(
+    nnx.eval_shape(lambda: MoE(CFG, WIDTH, 0.3, rngs=nnx.Rngs(0))), nnx.Param, RouterBias
+  )
+  rng = np.random.default_rng(0)  # drawn here: compiling an initialiser for each shape takes longer
+  params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.standard_normal(p.shape), p.dtype), params)
+  biases = jax.tree.map(lambda b: jnp.zeros(b.shape, b.dtype), biases)
+  return nnx.merge(graphdef, params, biases)
 
 
 @functools.partial(jax.jit, static_argnums=0)
