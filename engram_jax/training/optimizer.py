@@ -1,0 +1,118 @@
+"""The backbone's optimizer: Muon for matrices, AdamW for the rest, by rule over parameter paths."""
+
+import re
+from typing import Any, Literal, NamedTuple
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
+
+from engram_jax.config import OptimizerConfig
+from engram_jax.training.schedule import Schedule
+
+ADAM_RMS = 0.2  # of an Adam update, in units of the learning rate (arXiv 2502.16982)
+
+
+class Rule(NamedTuple):
+  """What trains the parameters whose whole path matches `pattern`.
+
+  axes: one letter per axis, I in, O out, and any other letter counts matrices, each of which is
+  orthogonalised by itself; empty where there is no matrix, and any number of axes will do.
+  """
+
+  pattern: str
+  group: Literal["muon", "adam", "adam_no_decay"]
+  axes: str = ""
+
+
+# The first match wins. Decay is for weights that multiply activations and would grow without it;
+# gains, biases, mixing scalars and the convolution rest at values that mean something (1 is "as it
+# is", 0 is "off"), and decay would pull them elsewhere.
+RULES = (
+  Rule(r"(.*/)?w_experts_(gate|up|down)", "muon", "EIO"),
+  Rule(r"(.*/)?w_(gate|up|down)", "muon", "IO"),
+  Rule(r"(.*/)?engram.*/w_key", "muon", "IGO"),
+  Rule(r"(.*/)?engram.*/w_value", "muon", "IO"),
+  Rule(r"(.*/)?w_router", "adam"),
+  Rule(r"(.*/)?(embedding|head)", "adam"),
+  Rule(r"(.*/)?w_conv", "adam_no_decay"),
+  Rule(r"(.*/)?[gb]_\w+", "adam_no_decay"),
+)
+
+
+def backbone_optimizer(
+  cfg: OptimizerConfig, schedule: Schedule, params: Any
+) -> optax.GradientTransformation:
+  """Muon on matrices and AdamW on everything else, at one learning rate.
+
+  Muon (https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of a matrix by
+  Newton-Schulz iterations, all experts of a layer in one batched product, and here scales it by
+  0.2 sqrt(max(in, out)), so that its entries move as far as Adam's would (arXiv 2502.16982): one
+  learning rate and one weight decay serve both.
+
+  Args:
+    cfg: betas, momentum, weight decay, Newton-Schulz iterations.
+    schedule: the learning rate of a 0-based step.
+    params: the tree to be trained (arrays or their shapes), checked against the rules here.
+
+  Raises:
+    ValueError: a parameter that no rule names, with its path and shape.
+  """
+  parameter_groups(params)
+  adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
+  decay = optax.add_decayed_weights(cfg.weight_decay)
+  muon = scale_by_muon(
+    ns_steps=cfg.newton_schulz_steps, beta=cfg.momentum, weight_dimension_numbers=_matrices
+  )
+  groups = {
+    "muon": optax.chain(muon, _scale_to_adam(), decay),
+    "adam": optax.chain(adam, decay),
+    "adam_no_decay": adam,
+  }
+  return optax.chain(
+    optax.partition(groups, parameter_groups), optax.scale_by_learning_rate(schedule)
+  )
+
+
+def parameter_groups(params: Any) -> Any:
+  """The tree of "muon", "adam" or "adam_no_decay", one for each parameter."""
+  return jax.tree_util.tree_map_with_path(lambda path, x: _rule(path, x).group, params)
+
+
+def _matrices(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda path, x: _matrix(_rule(path, x)), params)
+
+
+def _matrix(rule: Rule) -> MuonDimensionNumbers:
+  places = {letter: [i for i, axis in enumerate(rule.axes) if axis == letter] for letter in "IO"}
+  return MuonDimensionNumbers(tuple(places["I"]), tuple(places["O"]))
+
+
+def _scale_to_adam() -> optax.GradientTransformation:
+  """From orthogonal matrices, whose entries have an RMS of 1 / sqrt(max(in, out)), to ADAM_RMS."""
+
+  def scale(path: Any, update: jax.Array) -> jax.Array:
+    rule = _rule(path, update)
+    sides = {"I": 1, "O": 1}
+    for axis, size in zip(rule.axes, update.shape, strict=True):
+      sides[axis] = sides.get(axis, 1) * size
+    return update * (ADAM_RMS * max(sides["I"], sides["O"]) ** 0.5)
+
+  return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+
+
+def _rule(path: Any, x: Any) -> Rule:
+  # An nnx.State keeps each array under a last key "value"; a pure dict does not.
+  name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+  rule = next((rule for rule in RULES if re.fullmatch(rule.pattern, name)), None)
+  if rule is None:
+    raise ValueError(
+      f"no optimizer rule names parameter {name!r} of shape {tuple(x.shape)}: "
+      "add one to RULES in engram_jax/training/optimizer.py"
+    )
+  if rule.axes and len(rule.axes) != len(x.shape):
+    raise ValueError(
+      f"parameter {name!r} of shape {tuple(x.shape)} has {len(x.shape)} axes, "
+      f"but its optimizer rule reads {rule.axes!r}"
+    )
+  return rule
