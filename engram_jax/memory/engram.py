@@ -94,14 +94,15 @@ class Engram(nnx.Module):
   @jax.named_scope("project")
   def _project(self, rows_BTM: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys of all branches and the value they share, in one dot."""
-    dtype, G = rows_BTM.dtype, self.branches
-    w_MXD = jnp.concatenate([self.w_key[...], self.w_value[...][:, None]], 1)
-    both_BTXD = jnp.einsum("btm,mxd->btxd", rows_BTM, w_MXD.astype(dtype))
+    dtype = rows_BTM.dtype
+    w_key, w_value = self.w_key[...].astype(dtype), self.w_value[...].astype(dtype)
+    key_BTGD, value_BTD = project(rows_BTM, w_key, w_value)
     if self.cfg.bias:
-      b_XD = jnp.concatenate([self.b_key[...], self.b_value[...][None]]).astype(dtype)
       # Broadcast by a dot with ones: its transpose, the bias gradient, is then a dot as well.
-      both_BTXD += jnp.einsum("bt,xd->btxd", jnp.ones(rows_BTM.shape[:2], dtype), b_XD)
-    return both_BTXD[:, :, :G], both_BTXD[:, :, G]
+      ones_BT = jnp.ones(rows_BTM.shape[:2], dtype)
+      key_BTGD += jnp.einsum("bt,gd->btgd", ones_BT, self.b_key[...].astype(dtype))
+      value_BTD += jnp.einsum("bt,d->btd", ones_BT, self.b_value[...].astype(dtype))
+    return key_BTGD, value_BTD
 
   def _conv(self, gate_BTG: jax.Array, value_BTD: jax.Array, segments_BT: jax.Array | None):
     W, N = self.cfg.conv_kernel, self.cfg.max_ngram
@@ -125,6 +126,38 @@ class Engram(nnx.Module):
       raise ValueError(f"rows have shape {rows.shape}: expected [B={B}, T={T}, M={M}]")
     if segments is not None and segments.shape != (B, T):
       raise ValueError(f"segments have shape {segments.shape}: expected [B={B}, T={T}]")
+
+
+@jax.custom_vjp
+def project(
+  rows_BTM: jax.Array, w_key: jax.Array, w_value: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """(rows w_key [B, T, G, D], rows w_value [B, T, D]) for w_key [M, G, D] and w_value [M, D].
+
+  One dot forward. Backward each part keeps its own, so that neither their gradients nor the
+  weights' are put together only to be taken apart.
+  """
+  G = w_key.shape[1]
+  both_BTXD = jnp.einsum("btm,mxd->btxd", rows_BTM, jnp.concatenate([w_key, w_value[:, None]], 1))
+  return both_BTXD[:, :, :G], both_BTXD[:, :, G]
+
+
+def _project_forward(rows, w_key, w_value):
+  return project(rows, w_key, w_value), (rows, w_key, w_value)
+
+
+def _project_backward(saved, cotangents):
+  rows, w_key, w_value = saved
+  dkey, dvalue = cotangents
+  # An einsum is free to contract d before g, and would copy both operands to do so.
+  drows = lax.dot_general(dkey, w_key, (((2, 3), (1, 2)), ((), ())))
+  drows += lax.dot_general(dvalue, w_value, (((2,), (1,)), ((), ())))
+  dw_key = lax.dot_general(rows, dkey, (((0, 1), (0, 1)), ((), ())))
+  dw_value = lax.dot_general(rows, dvalue, (((0, 1), (0, 1)), ((), ())))
+  return drows, dw_key, dw_value
+
+
+project.defvjp(_project_forward, _project_backward)
 
 
 def gate(logit_BTG: jax.Array, kind: str) -> jax.Array:
@@ -161,7 +194,7 @@ def _gate_logit_backward(eps, saved, ds):
   D = h.shape[-1]
   scale = (ds * r_h * r_k / math.sqrt(D))[..., None]
   dh = scale * (weight_GD * k) - (ds * s * r_h**2 / D)[..., None] * h
-  dk = scale * (weight_GD * h) - (ds * s * r_k**2 / D)[..., None] * k
+  dk = (scale * weight_GD) * h - (ds * s * r_k**2 / D)[..., None] * k
   dweight_GD = _einsum("btgd,btgd->gd", scale * h, k)
   return dh.astype(hidden.dtype), dk.astype(key.dtype), dweight_GD
 
@@ -196,17 +229,21 @@ def _gated_conv_forward(a, v, kernel, keep, shifts, eps):
 
 def _gated_conv_backward(shifts, eps, saved, ddelta):
   a, v, kernel, keep = saved
-  D = v.shape[-1]
+  T, D = v.shape[1:]
   c, r = _norm_scale(a, v, eps)
   scales = _tap_scales(c, keep, shifts)
   y = _convolve(scales, v, kernel, shifts)
   sigmoid = jax.nn.sigmoid(y)
-  # Stored once: seven sums below read it, and would each compute it again.
-  dy = lax.optimization_barrier(ddelta * sigmoid * (1 + y * (1 - sigmoid)))
+  dy = _pad_end(ddelta * sigmoid * (1 + y * (1 - sigmoid)), max(shifts))
+  dy = lax.optimization_barrier(dy)  # stored once: every sum below would compute it again
   dkernel = jnp.stack(
     [_sum_over_time(dy, scale, _delay(v, s)) for scale, s in zip(scales, shifts, strict=True)]
   )
-  dn = _convolve_transposed(dy, kernel, keep, shifts)  # of RMSNorm(U) before its weight
+  taps = [kernel[j] * dy[:, s : s + T] for j, s in enumerate(shifts)]
+  if keep is not None:
+    kept = [_advance(k, s)[..., None, None] for k, s in zip(keep, shifts, strict=True)]
+    taps = [jnp.where(k, tap, 0) for k, tap in zip(kept, taps, strict=True)]
+  dn = sum(taps)  # of RMSNorm(U) before its weight
   dc = _einsum("btgd,btd->btg", dn, v)
   da = _einsum("btgd,btd->btg", ddelta, v) + dc * eps * r**3  # dc/da = r - a^2 m r^3 = eps r^3
   dmean = _einsum("btg,btg->bt", dc, -0.5 * c**3)
@@ -240,16 +277,6 @@ def _convolve(scales, v, kernel, shifts):
   )
 
 
-def _convolve_transposed(dy, kernel, keep, shifts):
-  T = dy.shape[1]
-  padded = jnp.pad(dy, ((0, 0), (0, max(shifts)), (0, 0), (0, 0)))
-  total = 0
-  for j, s in enumerate(shifts):
-    tap = kernel[j] * padded[:, s : s + T]
-    total += tap if keep is None else jnp.where(_advance(keep[j], s)[..., None, None], tap, 0)
-  return total
-
-
 def _sum_over_time(x_BTGD, scale_BTG, y_BTD, parts: int = 16):
   """sum over b, t of x scale y, [G, D].
 
@@ -274,4 +301,8 @@ def _delay(x, steps: int):
 
 def _advance(x, steps: int):
   """x at t + steps along axis 1; zero (False) past the end."""
-  return jnp.pad(x[:, steps:], ((0, 0), (0, steps)) + ((0, 0),) * (x.ndim - 2))
+  return _pad_end(x[:, steps:], steps)
+
+
+def _pad_end(x, steps: int):
+  return jnp.pad(x, ((0, 0), (0, steps)) + ((0, 0),) * (x.ndim - 2))
