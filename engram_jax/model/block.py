@@ -1,0 +1,61 @@
+"""One transformer block: memory at its entry, then attention, then a feed-forward or experts."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from engram_jax.config import ModelConfig
+from engram_jax.memory.engram import Engram
+from engram_jax.model.ffn import FeedForward
+from engram_jax.model.mhc import HyperConnection
+from engram_jax.model.mla import LatentAttention
+from engram_jax.model.moe import MoE
+
+
+class Block(nnx.Module):
+  """Block `layer` (0-based): `engram` where the config places a memory, and either `moe` or
+  `feed_forward`; what a block has not is None."""
+
+  def __init__(self, cfg: ModelConfig, layer: int, *, rngs: nnx.Rngs):
+    D, G, std, eps = cfg.width, cfg.residual.branches, cfg.init_std, cfg.norm_eps
+    connection = lambda: HyperConnection(cfg.residual, D, std, eps, rngs=rngs)
+    has_memory = layer in cfg.engram.layers
+    self.engram = Engram(cfg.engram, D, G, rngs=rngs) if has_memory else None
+    self.attention_residual = connection()
+    self.attention = LatentAttention(cfg.attention, D, std, eps, rngs=rngs)
+    self.feed_forward_residual = connection()
+    self.moe = MoE(cfg.moe, D, std, rngs=rngs) if cfg.is_moe(layer) else None
+    dense = None if cfg.is_moe(layer) else FeedForward(D, cfg.moe.dense_width, std, rngs=rngs)
+    self.feed_forward = dense
+
+  def __call__(
+    self,
+    x_BTGD: jax.Array,
+    rows_BTM: jax.Array | None,
+    segments_BT: jax.Array,
+    positions_BT: jax.Array,
+  ) -> tuple[jax.Array, dict[str, Any]]:
+    """The streams after the block, and its probes: "gate" [B, T, G] and "load" [E] if it has them.
+
+    rows_BTM: what was looked up for each token; None in a block without a memory.
+    """
+    probes = {}
+    if self.engram is not None:
+      with jax.named_scope("engram"):
+        delta_BTGD, gates = self.engram(x_BTGD, rows_BTM, segments_BT)
+        x_BTGD, probes = x_BTGD + delta_BTGD, probes | gates
+
+    def attend(normed_BTD):
+      return self.attention(normed_BTD, segments_BT, positions_BT), {}
+
+    def feed(normed_BTD):
+      if self.moe is not None:
+        with jax.named_scope("moe"):
+          return self.moe(normed_BTD)
+      with jax.named_scope("feed_forward"):
+        return self.feed_forward(normed_BTD), {}
+
+    x_BTGD, _ = self.attention_residual(x_BTGD, attend)
+    x_BTGD, load = self.feed_forward_residual(x_BTGD, feed)
+    return x_BTGD, probes | load

@@ -1,0 +1,100 @@
+"""The language model: embedding, blocks over G residual streams, norm, head.
+
+Rows are an argument: the model never knows whether they came from a sharded table, host memory, a
+file, or are zeros.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from engram_jax.config import ModelConfig
+from engram_jax.model.block import Block
+from engram_jax.model.norm import rms_norm
+
+
+class LM(nnx.Module):
+  """Parameters beside the blocks', float32: embedding [V, D], g_final [D], head [D, V] unless tied.
+
+  Streams start as copies of the embedding and are averaged at the end, so that with mixing at its
+  start the model is the one with a single stream.
+  """
+
+  def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    self.cfg = cfg
+    normal = lambda *shape: nnx.Param(cfg.init_std * jax.random.normal(rngs.params(), shape))
+    self.embedding = normal(cfg.vocab_size, cfg.width)
+    self.blocks = nnx.List([Block(cfg, layer, rngs=rngs) for layer in range(cfg.layers)])
+    self.g_final = nnx.Param(jnp.ones(cfg.width))
+    self.head = None if cfg.tie_embeddings else normal(cfg.width, cfg.vocab_size)
+
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    rows: Sequence[jax.Array] = (),
+    *,
+    segments_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+  ) -> tuple[jax.Array, dict[str, tuple[jax.Array, ...]]]:
+    """The final hidden state and what happened on the way.
+
+    Args:
+      tokens_BT: int32 token ids in [0, V).
+      rows: one [B, T, M] (or [B, T, J, C]) array per entry of `cfg.engram.layers`, in order.
+      segments_BT: int32 document of each position in a packed window; default: one document.
+      positions_BT: int32 position within the document; default: 0, 1, ... along T.
+
+    Returns:
+      hidden_BTD after the final norm, in the compute dtype, and probes: "gate", a float32
+      [B, T, G] per memory; "load", a float32 [E] per MoE block, each expert's share of the
+      assignments; "hidden", a [B, T, D] per block, the mean of the streams after it.
+
+    Raises:
+      ValueError: another number of rows arrays than memories.
+    """
+    B, T = tokens_BT.shape
+    if len(rows) != len(self.cfg.engram.layers):
+      raise ValueError(
+        f"{len(rows)} arrays of rows for {len(self.cfg.engram.layers)} memories "
+        f"(engram.layers={list(self.cfg.engram.layers)}): give one each"
+      )
+    if segments_BT is None:
+      segments_BT = jnp.zeros((B, T), jnp.int32)
+    if positions_BT is None:
+      positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    rows_of = dict(zip(self.cfg.engram.layers, rows, strict=True))
+
+    with jax.named_scope("embedding"):
+      x_BTD = self.embedding[...].astype(compute_dtype(self.cfg.dtype))[tokens_BT]
+      streams = (B, T, self.cfg.residual.branches, self.cfg.width)
+      x_BTGD = jnp.broadcast_to(x_BTD[:, :, None], streams)
+    probes: dict[str, list[Any]] = {"gate": [], "load": [], "hidden": []}
+    for layer, block in enumerate(self.blocks):
+      with jax.named_scope(f"block_{layer}"):
+        x_BTGD, seen = block(x_BTGD, rows_of.get(layer), segments_BT, positions_BT)
+      for name, value in (seen | {"hidden": x_BTGD.mean(2)}).items():
+        probes[name].append(value)
+    with jax.named_scope("final_norm"):
+      hidden_BTD = rms_norm(probes["hidden"][-1], self.g_final[...], self.cfg.norm_eps)
+    return hidden_BTD, {name: tuple(values) for name, values in probes.items()}
+
+  @property
+  def head_DV(self) -> jax.Array:
+    """The output matrix [D, V], float32; the embedding's transpose when tied."""
+    return self.embedding[...].T if self.head is None else self.head[...]
+
+  def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+    """float32 [B, T, V] of a hidden state that this model returned."""
+    with jax.named_scope("head"):
+      head_DV = self.head_DV.astype(hidden_BTD.dtype)
+      return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+
+
+def compute_dtype(name: str) -> Any:
+  """The dtype of activations: as named, or for "auto" float32 on CPU and bfloat16 elsewhere."""
+  if name == "auto":
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+  return jnp.dtype(name)

@@ -1,0 +1,111 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+Keys and values of all heads are up-projected from one normalised latent a token, and all heads
+share one rotary key, so that a decoder need keep only latent + rope_dim numbers a token.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from engram_jax.config import AttentionConfig
+from engram_jax.model.norm import rms_norm
+from engram_jax.model.rope import frequencies, logit_factor, rotate
+
+_MASKED = -1e30  # finite: a row of it gives equal weights, not NaN
+
+
+class LatentAttention(nnx.Module):
+  """Parameters, float32: L latent, Q query latent, H heads, n/r/v the head's three widths.
+
+  w_query [D, H, n+r], or with a query latent w_query_down [D, Q], g_query [Q] and w_query_up
+  [Q, H, n+r]; w_latent [D, L], g_latent [L], w_key_rope [D, r]; w_key_up [L, H, n], w_value_up
+  [L, H, v]; w_out [H, v, D].
+  """
+
+  def __init__(self, cfg: AttentionConfig, width: int, std: float, eps: float, *, rngs: nnx.Rngs):
+    self.cfg, self.eps = cfg, eps
+    H, L, Q, D = cfg.heads, cfg.latent, cfg.query_latent, width
+    head = cfg.nope_dim + cfg.rope_dim
+    param = lambda *shape: nnx.Param(std * jax.random.normal(rngs.params(), shape))
+    if Q:
+      self.w_query_down = param(D, Q)
+      self.g_query = nnx.Param(jnp.ones(Q))
+      self.w_query_up = param(Q, H, head)
+    else:
+      self.w_query = param(D, H, head)
+    self.w_latent = param(D, L)
+    self.g_latent = nnx.Param(jnp.ones(L))
+    self.w_key_rope = param(D, cfg.rope_dim)
+    self.w_key_up = param(L, H, cfg.nope_dim)
+    self.w_value_up = param(L, H, cfg.value_dim)
+    self.w_out = param(H, cfg.value_dim, D)
+
+  def __call__(
+    self, x_BTD: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array
+  ) -> jax.Array:
+    """[B, T, D] in the dtype of x. A position sees itself and what precedes it in its segment."""
+    query_BTHK = self.queries(x_BTD, positions_BT)
+    latent_BTL, key_rope_BTR = self.latents(x_BTD, positions_BT)
+    with jax.named_scope("up_projection"):
+      key_BTHK = self.keys(latent_BTL, key_rope_BTR)
+      value_BTHV = jnp.einsum("btl,lhv->bthv", latent_BTL, self.w_value_up.astype(x_BTD.dtype))
+    with jax.named_scope("attention"):
+      mixed_BTHV = attention(query_BTHK, key_BTHK, value_BTHV, segments_BT, self.scale)
+    return jnp.einsum("bthv,hvd->btd", mixed_BTHV, self.w_out.astype(x_BTD.dtype))
+
+  @property
+  def scale(self) -> float:
+    """Of the logits: 1 / sqrt(n + r), times YaRN's factor."""
+    return logit_factor(self.cfg.yarn) / math.sqrt(self.cfg.nope_dim + self.cfg.rope_dim)
+
+  @jax.named_scope("queries")
+  def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """[B, T, H, n+r], the last r rotated."""
+    if self.cfg.query_latent:
+      down = jnp.einsum("btd,dq->btq", x_BTD, self.w_query_down.astype(x_BTD.dtype))
+      down = rms_norm(down, self.g_query[...], self.eps)
+      query = jnp.einsum("btq,qhk->bthk", down, self.w_query_up.astype(x_BTD.dtype))
+    else:
+      query = jnp.einsum("btd,dhk->bthk", x_BTD, self.w_query.astype(x_BTD.dtype))
+    nope, rope = jnp.split(query, [self.cfg.nope_dim], axis=-1)
+    return jnp.concatenate([nope, self._rotate(rope, positions_BT)], axis=-1)
+
+  @jax.named_scope("latents")
+  def latents(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a cache would keep of each token: the normalised latent and the rotated shared key."""
+    latent = jnp.einsum("btd,dl->btl", x_BTD, self.w_latent.astype(x_BTD.dtype))
+    latent = rms_norm(latent, self.g_latent[...], self.eps)
+    key = jnp.einsum("btd,dr->btr", x_BTD, self.w_key_rope.astype(x_BTD.dtype))
+    return latent, self._rotate(key[:, :, None], positions_BT)[:, :, 0]
+
+  def keys(self, latent_BTL: jax.Array, key_rope_BTR: jax.Array) -> jax.Array:
+    """[B, T, H, n+r]: each head's own part beside the rotary part that all share."""
+    own = jnp.einsum("btl,lhn->bthn", latent_BTL, self.w_key_up.astype(latent_BTL.dtype))
+    B, T, H, _ = own.shape
+    shared = jnp.broadcast_to(key_rope_BTR[:, :, None], (B, T, H, key_rope_BTR.shape[-1]))
+    return jnp.concatenate([own, shared], axis=-1)
+
+  def _rotate(self, x_BTHR: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    turns = frequencies(self.cfg.rope_dim, self.cfg.rope_base, self.cfg.yarn)
+    return rotate(x_BTHR, positions_BT, turns)
+
+
+def attention(
+  query_BTHK: jax.Array,
+  key_BTHK: jax.Array,
+  value_BTHV: jax.Array,
+  segments_BT: jax.Array,
+  scale: float,
+) -> jax.Array:
+  """Causal softmax attention within segments, [B, T, H, V]; logits and softmax in float32."""
+  T = query_BTHK.shape[1]
+  logits = jnp.einsum(
+    "bthk,bshk->bhts", query_BTHK * scale, key_BTHK, preferred_element_type=jnp.float32
+  )
+  seen_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+  seen_BTS &= jnp.arange(T)[:, None] >= jnp.arange(T)
+  weights = jax.nn.softmax(jnp.where(seen_BTS[:, None], logits, _MASKED), axis=-1)
+  return jnp.einsum("bhts,bshv->bthv", weights.astype(value_BTHV.dtype), value_BTHV)
