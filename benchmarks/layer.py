@@ -115,10 +115,15 @@ def normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
 
 
 def medians(timed: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-  """Median milliseconds of each, measured in turns; the first turn compiles and is not counted."""
+  """Median milliseconds of each, measured in turns; the first turn compiles and is not counted.
+
+  Each turn starts with another one, so that none always follows the same neighbour.
+  """
+  order = list(timed.items())
   seconds = {name: [] for name in timed}
   for turn in range(repeats + 1):
-    for name, run in timed.items():
+    first = turn % len(order)
+    for name, run in order[first:] + order[:first]:
       start = time.perf_counter()
       jax.block_until_ready(run())
       if turn:

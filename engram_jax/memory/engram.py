@@ -278,7 +278,7 @@ def _convolve(scales, v, kernel, shifts):
 
 
 def _sum_over_time(x_BTGD, scale_BTG, y_BTD, parts: int = 16):
-  """sum over b, t of x scale y, [G, D].
+  """sum over b, t of x scale y, [G, D]; x may go on past the end of y.
 
   XLA's CPU code sums over a leading axis one column at a time, striding through memory; adding
   slices of the time axis first keeps the loop along D and stores nothing wider than one slice.
