@@ -14,7 +14,7 @@ ADAM_RMS = 0.2  # of an Adam update, in units of the learning rate (arXiv 2502.1
 
 
 class Rule(NamedTuple):
-  """What trains the parameters whose whole path matches `pattern`.
+  """What trains the parameters whose path ends in keys that match `pattern`.
 
   axes: one letter per axis, I in, O out, and any other letter counts matrices, each of which is
   orthogonalised by itself; empty where there is no matrix, and any number of axes will do.
@@ -27,16 +27,21 @@ class Rule(NamedTuple):
 
 # The first match wins. Decay is for weights that multiply activations and would grow without it;
 # gains, biases, mixing scalars and the convolution rest at values that mean something (1 is "as it
-# is", 0 is "off"), and decay would pull them elsewhere.
+# is", 0 is "off"), and decay would pull them elsewhere. Heads share one matrix, as in the paper's
+# notation; experts and branches have one each.
 RULES = (
-  Rule(r"(.*/)?w_experts_(gate|up|down)", "muon", "EIO"),
-  Rule(r"(.*/)?w_(gate|up|down)", "muon", "IO"),
-  Rule(r"(.*/)?engram.*/w_key", "muon", "IGO"),
-  Rule(r"(.*/)?engram.*/w_value", "muon", "IO"),
-  Rule(r"(.*/)?w_router", "adam"),
-  Rule(r"(.*/)?(embedding|head)", "adam"),
-  Rule(r"(.*/)?w_conv", "adam_no_decay"),
-  Rule(r"(.*/)?[gb]_\w+", "adam_no_decay"),
+  Rule("attention/w_(query|query_up|key_up|value_up)", "muon", "IOO"),
+  Rule("attention/w_(query_down|latent|key_rope)", "muon", "IO"),
+  Rule("attention/w_out", "muon", "IIO"),
+  Rule("(feed_forward|shared)/w_(gate|up|down)", "muon", "IO"),
+  Rule("moe/w_experts_(gate|up|down)", "muon", "EIO"),
+  Rule("moe/w_router", "adam"),
+  Rule("engram/w_key", "muon", "IGO"),
+  Rule("engram/w_value", "muon", "IO"),
+  Rule("engram/w_conv", "adam_no_decay"),
+  Rule("(attention|feed_forward)_residual/w_mix", "adam"),
+  Rule("embedding|head", "adam"),
+  Rule(r"[abg]_\w+", "adam_no_decay"),
 )
 
 
@@ -104,7 +109,7 @@ def _scale_to_adam() -> optax.GradientTransformation:
 def _rule(path: Any, x: Any) -> Rule:
   # An nnx.State keeps each array under a last key "value"; a pure dict does not.
   name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-  rule = next((rule for rule in RULES if re.fullmatch(rule.pattern, name)), None)
+  rule = next((rule for rule in RULES if re.fullmatch(rf"(.*/)?({rule.pattern})", name)), None)
   if rule is None:
     raise ValueError(
       f"no optimizer rule names parameter {name!r} of shape {tuple(x.shape)}: "
