@@ -12,18 +12,13 @@ def clip_by_global_norm(grads: Any, limit: float) -> tuple[Any, jax.Array]:
 
   `grads` is any tree: pass the backbone's and the tables' row gradients together. A row gradient
   summed over its uses has the norm of the dense table gradient it stands for. `limit` 0 leaves
-  them as they are. The norm is finite only where every gradient is, so it is also the check.
+  them as they are. The norm is finite only where every gradient is, so it checks them too.
   """
   norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), grads))
   if limit == 0:
     return grads, norm
   scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
   return jax.tree.map(lambda x: (scale * x).astype(x.dtype), grads), norm
-
-
-def finite(tree: Any) -> jax.Array:
-  """Bool scalar: no leaf of the tree holds a NaN or an infinity."""
-  return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)], bool))
 
 
 def keep_if(ok: jax.Array, new: Any, old: Any) -> Any:

@@ -42,10 +42,10 @@ def touched_row_adam(
 ) -> TouchedRows:
   """Adam in which every row is a run of its own: it steps when touched and else stands still.
 
-  `update` takes grads_UC (any float dtype), ids_U (int32, distinct, >= 0; entries at R or above
-  fill the array up and are dropped), and `ok`, a bool scalar: where False the table and the whole
-  state, count included, come back bit for bit as they were. No weight decay: it would move rows
-  nobody read.
+  `update` takes grads_UC (any float dtype), ids_U (int32, distinct; entries outside the table fill
+  the array up and are dropped), and `ok`, a bool scalar: where False the table and the whole state,
+  count included, come back bit for bit as they were. No weight decay: the paper trains tables
+  without.
 
   Moments are corrected by how often *this row* was touched, because that is how many gradients
   they hold: a row met at steps S moves exactly as `optax.adam` would on the gradients of S. With
