@@ -87,6 +87,7 @@ def sinkhorn(logits_GGS: jax.Array, iterations: int) -> jax.Array:
     p_GGS = p_GGS / p_GGS.sum(1, keepdims=True)
     return p_GGS / p_GGS.sum(0, keepdims=True), None
 
-  # The largest logit of each matrix goes out first, so that exp cannot overflow.
-  largest = jax.lax.stop_gradient(logits_GGS.max((0, 1), keepdims=True))
-  return jax.lax.scan(alternate, jnp.exp(logits_GGS - largest), length=iterations)[0]
+  # The first alternation works on logarithms: a row or column that exp leaves all zero would be
+  # 0 / 0. After it every row and column holds an entry of at least 1 / G^2, whatever the logits.
+  first_GGS = jax.nn.softmax(jax.nn.log_softmax(logits_GGS, axis=1), axis=0)
+  return jax.lax.scan(alternate, first_GGS, length=iterations - 1)[0]
