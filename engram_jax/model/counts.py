@@ -45,7 +45,7 @@ class Counts:
 
   @property
   def all_parameters(self) -> int:
-    """Every stored number: both vocabulary matrices (one when tied), the backbone, the tables."""
+    """Every stored parameter: vocabulary matrices (one when tied), backbone, tables."""
     return sum(self.parts.values())
 
   @property
