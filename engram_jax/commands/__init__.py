@@ -1,0 +1,1 @@
+"""What `python -m engram_jax` runs, one file a command."""

@@ -1,0 +1,113 @@
+"""`python -m engram_jax plan`: exact numbers, no arrays, and mistakes named."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from engram_jax.commands import plan
+from engram_jax.config import EngramConfig, load_config
+from engram_jax.errors import ConfigError
+from engram_jax.memory.table import padded_rows
+from engram_jax.model.counts import count
+from engram_jax.training.state import init_state, make_recipe
+
+SMALL = {"model.width": 16, "model.vocab_size": 300, "train.batch_size": 1}
+
+
+def command(*args: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, "-m", "engram_jax", "plan", *args], capture_output=True, text=True
+  )
+
+
+def test_json_is_one_object_with_everything():
+  done = command("--config", "configs/moe_27b.yaml", "--json", "--train.steps", "3000")
+  assert done.returncode == 0, done.stderr
+  assert done.stderr == ""
+  found = json.loads(done.stdout)
+  counts = count(load_config("configs/moe_27b.yaml").model)
+  assert found["parts"] == counts.parts
+  assert found["total_parameters"] == counts.total_parameters
+  assert found["active_parameters"] == counts.active_parameters
+  assert found["memory_parameters"] == 0
+  assert found["all_parameters"] == sum(found["parts"].values())
+  assert found["rows"] == {}
+  assert found["tokens_per_step"] == 1280 * 4096
+  assert found["training_tokens"] == 3000 * 1280 * 4096
+  assert found["training_flops_per_token"] == 3 * found["flops_per_token"]
+  assert found["training_flops"] == found["training_flops_per_token"] * found["training_tokens"]
+  assert found["bytes"].keys() == plan.BYTES.keys()
+
+
+def test_an_unknown_key_leaves_with_code_2_and_the_nearest():
+  done = command("--config", "configs/moe_27b.yaml", "--model.engram.layrs", "1")
+  assert (done.returncode, done.stdout) == (2, "")
+  assert "model.engram.layrs" in done.stderr
+  assert "--model.engram.layers" in done.stderr
+
+
+def test_an_impossible_config_leaves_with_code_2():
+  done = command("--config", "configs/no_such.yaml", "--json")
+  assert (done.returncode, done.stdout) == (2, "")
+  assert "configs/no_such.yaml: no such config file" in done.stderr
+
+
+def test_planning_does_not_import_jax():
+  code = """
+import contextlib, io, sys
+from engram_jax.commands.plan import main
+with contextlib.redirect_stdout(io.StringIO()):
+  main(["--config", "configs/engram_40b.yaml"])
+sys.exit("jax" in sys.modules)
+"""
+  assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_tables_show_parts_sums_rows_and_bytes(capsys):
+  assert plan.main(["--config", "configs/engram_27b.yaml"]) == 0
+  shown = capsys.readouterr().out
+  made = plan.make_plan(load_config("configs/engram_27b.yaml"))
+  numbers = [*made["parts"].values(), *made["rows"].values(), *(made[name] for name in plan.SUMS)]
+  assert [n for n in numbers if f"{n:,}" not in shown] == []
+  assert all(word in shown for name in plan.BYTES for word in name.split("_"))
+
+
+def test_bytes_are_those_of_the_training_state():
+  cfg = load_config("configs/tiny.yaml", SMALL)
+  state = jax.eval_shape(lambda: init_state(make_recipe(cfg), plan.table_layout(cfg.model)))
+  found = plan.make_plan(cfg)["bytes"]
+
+  def nbytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+  assert nbytes(state.params) == found["parameters"]
+  assert nbytes(state.tables) == found["tables"]
+  # Optimizers keep a few counters besides.
+  assert 0 < nbytes(state.row_optimizers) - found["table_optimizer"] < 64
+  assert 0 < nbytes(state.optimizer) - found["optimizer"] < 64
+
+
+def test_touched_rows_are_no_more_than_looked_up_and_no_more_than_there_are():
+  tiny = load_config("configs/tiny.yaml", SMALL)
+  few = load_config("configs/tiny.yaml", SMALL | {"model.engram.rows_per_head": 11})
+  engram = tiny.model.engram
+  looked_up = len(engram.layers) * tiny.data.sequence_length * engram.columns
+  assert plan.make_plan(tiny)["bytes"]["table_gradients"] == 4 * looked_up * engram.row_width
+  rows = sum(plan.make_plan(few)["rows"].values())
+  assert plan.make_plan(few)["bytes"]["table_gradients"] == 4 * rows * engram.row_width
+
+
+@pytest.mark.parametrize("rows", [1, 1023, 1024, 1025, 36_199_972])
+def test_padding_is_that_of_the_tables(rows):
+  assert -(-rows // plan.PAD_MULTIPLE) * plan.PAD_MULTIPLE == padded_rows(rows)
+
+
+def test_primes_beyond_int32_are_a_config_mistake():
+  cfg = load_config("configs/tiny.yaml")
+  engram = EngramConfig(layers=(1,), heads=1, rows_per_head=(2**30, 2**30 - 1))
+  model = cfg.model.model_copy(update={"engram": engram})
+  with pytest.raises(ConfigError, match="no int32 row ids"):
+    plan.make_plan(cfg.model_copy(update={"model": model}))
