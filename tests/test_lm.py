@@ -48,9 +48,8 @@ def random_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 
 
 # Compiling is all of these tests' time.
-compiled = functools.partial(
-  jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
-)
+quickly = {"xla_backend_optimization_level": 0}
+compiled = functools.partial(jax.jit, static_argnums=0, compiler_options=quickly)
 
 
 @compiled
@@ -125,17 +124,27 @@ def test_packed_documents_equal_the_documents_apart(either):
   assert np.abs(one_document[0, 3:] - hidden[0, 3:]).max() > 1e-2
 
 
-def test_rows_of_zeros_leave_the_model_without_its_memory(model):
-  hidden, _, _ = run(model, rows=[np.zeros_like(array) for array in ROWS])
-  without = CFG.model_copy(update={"engram": EngramConfig()})
-  graphdef, bare, biases = random_model(without)
+@pytest.fixture(scope="module")
+def without_memory(model):
+  """hidden, logits and probes of the model with its memories cut out, its window by default."""
+  graphdef, bare, biases = random_model(CFG.model_copy(update={"engram": EngramConfig()}))
   shared = dict(nnx.to_flat_state(model[1]))
   bare = nnx.from_flat_state([(path, shared[path]) for path, _ in nnx.to_flat_state(bare)])
-  want, _, probes = forward(graphdef, bare, biases, TOKENS)
-  np.testing.assert_allclose(hidden, want, rtol=1e-5, atol=1e-5)
+  return forward(graphdef, bare, biases, TOKENS)
+
+
+def test_rows_of_zeros_leave_the_model_without_its_memory(model, without_memory):
+  want, _, probes = without_memory
   assert probes["gate"] == ()
+  zeros, _, _ = run(model, rows=[np.zeros_like(array) for array in ROWS])
+  np.testing.assert_allclose(zeros, want, rtol=1e-5, atol=1e-5)
   with_memory, _, _ = run(model)
   assert np.abs(with_memory - want).max() > 1e-2
+
+
+def test_logits_are_the_hidden_state_times_the_head(model, without_memory):
+  hidden, logits, _ = without_memory
+  np.testing.assert_allclose(logits, hidden @ model[1]["head"][...], rtol=1e-4, atol=1e-4)
 
 
 def test_at_the_start_only_the_convolution_norm_has_no_gradient(model):
@@ -144,7 +153,9 @@ def test_at_the_start_only_the_convolution_norm_has_no_gradient(model):
     return nnx.split(LM(CFG, rngs=nnx.Rngs(key)), nnx.Param, RouterBias)[1:]
 
   cotangents = {"d_hidden": random(3, *NO_HIDDEN.shape), "d_logits": random(4, *NO_LOGITS.shape)}
-  hidden, _, (dparams, drows) = run((model[0], *jax.jit(start)()), **cotangents)
+  hidden, _, (dparams, drows) = run(
+    (model[0], *jax.jit(start, compiler_options=quickly)()), **cotangents
+  )
   assert np.isfinite(hidden).all()
   grads = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(dparams)}
   assert [path for path, grad in grads.items() if not np.isfinite(grad).all()] == []
@@ -171,14 +182,6 @@ def test_probes(either):
   np.testing.assert_allclose(hidden, last / scale * either[1]["g_final"][...], rtol=1e-4, atol=1e-5)
 
 
-def test_rows_may_come_per_column_and_one_document_is_the_default(model):
-  columns = tuple(array.reshape(T, T, CFG.engram.columns, -1) for array in ROWS)
-  hidden, logits, _ = forward(*model, TOKENS, columns)
-  want, _, _ = run(model)
-  np.testing.assert_allclose(hidden, want, rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(logits, hidden @ model[1]["head"][...], rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_another_number_of_rows_than_memories_is_refused(model, count: int):
   with pytest.raises(ValueError, match=rf"{count} arrays of rows for 2 memories"):
@@ -191,9 +194,10 @@ def test_a_tied_head_is_the_embedding():
   assert tied.head is None
 
 
-def test_bfloat16_is_near_float32(model):
+def test_bfloat16_and_rows_per_column_are_near_float32(model):
   graphdef, _, _ = random_model(CFG.model_copy(update={"dtype": "bfloat16"}))
-  hidden, logits, probes = forward(graphdef, *model[1:], TOKENS, ROWS)
+  columns = tuple(array.reshape(T, T, CFG.engram.columns, -1) for array in ROWS)
+  hidden, logits, probes = forward(graphdef, *model[1:], TOKENS, columns)
   want, _, _ = run(model)
   assert hidden.dtype == probes["hidden"][0].dtype == jnp.bfloat16
   assert logits.dtype == probes["gate"][0].dtype == probes["load"][0].dtype == jnp.float32

@@ -72,7 +72,8 @@ def run(graphdef, params, x_BTGD, dy_BTGD):
 @pytest.fixture(scope="module")
 def at_start() -> tuple[nnx.GraphDef, nnx.State]:
   key = jax.random.key(0, impl="unsafe_rbg")  # compiles faster
-  return nnx.split(HyperConnection(CFG, D, 0.02, EPS, rngs=nnx.Rngs(key)))
+  build = lambda: HyperConnection(CFG, D, 0.02, EPS, rngs=nnx.Rngs(key))
+  return nnx.split(nnx.eval_shape(build))[0], jax.jit(lambda: nnx.split(build())[1])()
 
 
 @pytest.fixture(scope="module")
