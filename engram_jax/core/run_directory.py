@@ -1,0 +1,103 @@
+"""A run's folder: config.yaml, tokenizer.json, metrics.jsonl, checkpoints/, tensorboard/.
+
+A folder belongs to one resolved config for good: the same config resumes it, another is refused.
+"""
+
+import fcntl
+import os
+import pathlib
+from typing import Any
+
+from engram_jax.config import Config, load_config
+from engram_jax.errors import ConfigError, StorageError
+
+CONFIG = "config.yaml"
+TOKENIZER = "tokenizer.json"
+CHECKPOINTS = "checkpoints"
+
+
+def check_config(cfg: Config) -> bool:
+  """Whether the run exists already. ConfigError if its folder holds another config or other files.
+
+  Reads only: a refused command has written nothing.
+  """
+  directory = cfg.run.directory
+  saved = directory / CONFIG
+  if not saved.exists():
+    if directory.exists() and any(directory.iterdir()):
+      raise ConfigError(
+        f"run.name={cfg.run.name!r}: {directory} holds files but no {CONFIG}: not a run of this "
+        "project; choose another --run.name"
+      )
+    return False
+  different = _differences(_flat(load_config(saved).model_dump()), _flat(cfg.model_dump()))
+  if different:
+    lines = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in different)
+    raise ConfigError(
+      f"run.name={cfg.run.name!r}: {directory} was made with another config:\n{lines}\n"
+      "give the same values to resume it, or another --run.name"
+    )
+  return True
+
+
+class RunDirectory:
+  """The folder of one running process, locked against a second one; a context manager."""
+
+  def __init__(self, cfg: Config, tokenizer_json: str):
+    self.path = cfg.run.directory
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held until __exit__)
+    except OSError as error:
+      raise StorageError(f"run folder {self.path} cannot be written: {error}") from None
+    try:
+      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      self._lock.close()
+      raise ConfigError(
+        f"run.name={cfg.run.name!r}: another process is training in {self.path}; wait for it, "
+        "stop it, or choose another --run.name"
+      ) from None
+    if not (self.path / CONFIG).exists():
+      _write(self.path / TOKENIZER, tokenizer_json)
+      _write(self.path / CONFIG, cfg.to_yaml())  # last: with it the folder is a run
+
+  def __enter__(self) -> "RunDirectory":
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self._lock.close()
+
+
+def open_run(directory: str | pathlib.Path) -> Config:
+  """The config of a run on disk, pointed at where the folder is now. ConfigError if it is none."""
+  path = pathlib.Path(directory)
+  if not (path / CONFIG).is_file():
+    raise ConfigError(f"run {path}: no {CONFIG} there; give a folder that train.py wrote")
+  root, name = str(path.resolve().parent), path.resolve().name
+  return load_config(path / CONFIG, {"run.root": root, "run.name": name})
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  partial = path.with_name(path.name + ".partial")
+  with open(partial, "w") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(partial, path)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    nested = isinstance(value, dict)
+    flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+  return flat
+
+
+# Where a run lies and how many threads feed it change nothing in what it computes.
+_FREE = ("run.root", "run.tensorboard", "data.threads", "data.workers", "data.cache")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+  return [(k, old[k], new[k]) for k in old if k not in _FREE and old[k] != new[k]]

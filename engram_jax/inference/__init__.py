@@ -1,0 +1,1 @@
+"""Using a trained model: its continuations of a prompt."""

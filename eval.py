@@ -1,0 +1,138 @@
+"""Evaluates a run: loss, perplexity and bits per byte by source, with the memory on and off.
+
+    python eval.py --run runs/tiny [--json] [--prompt "The capital of France is" ...]
+
+Figures come from the validation documents of the run's own data.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import tyro
+
+from engram_jax.cli import run_command
+from engram_jax.core.checkpoint import Checkpoints
+from engram_jax.core.run_directory import CHECKPOINTS, TOKENIZER, open_run
+from engram_jax.data.pipeline import Prepared, prepare
+from engram_jax.errors import ConfigError
+from engram_jax.inference.generate import complete, make_next_logits
+from engram_jax.training.evaluate import evaluate, make_eval_step
+from engram_jax.training.identity import check_identity, identity
+from engram_jax.training.state import Recipe, TrainState, init_state, make_recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+  run: pathlib.Path
+  """Folder of a run that train.py wrote."""
+  step: int | None = None
+  """Checkpoint to evaluate; the newest one that is sound if left out."""
+  batches: int | None = None
+  """Validation batches to read; all of them if left out."""
+  prompt: tuple[str, ...] = ()
+  """Texts to continue, greedily and sampled; train.sample_prompt of the run if left out."""
+  tokens: int = 40
+  """Length of each continuation; 0 for none."""
+  temperature: float = 0.8
+  """Of the sampled continuation."""
+  seed: int = 0
+  """Of the sampled continuation."""
+  json: bool = False
+  """One JSON object on stdout, everything else on stderr."""
+
+
+def main() -> int:
+  args = tyro.cli(Args, prog="eval.py", description=__doc__)
+  check(args)
+  cfg = open_run(args.run)
+  cfg = cfg.model_copy(
+    update={"data": cfg.data.model_copy(update={"tokenizer": str(args.run / TOKENIZER)})}
+  )
+  say = lambda text: print(text, file=sys.stderr)
+  recipe = make_recipe(cfg)
+  with Checkpoints(args.run / CHECKPOINTS, keep=None) as checkpoints:
+    step = newest(checkpoints, args, say)
+    data = prepare(cfg, say)
+    meaning = identity(data.tokenizer_digest, data.compressor, data.layout)
+    check_identity(checkpoints.meta(step), meaning, str(args.run))
+    like = jax.eval_shape(lambda: init_state(recipe, data.layout))
+    state = checkpoints.restore(step, like)
+  result = {"run": str(args.run), "step": step} | losses(recipe, state, data, args.batches)
+  result["samples"] = samples(recipe, state, data, args)
+  if args.json:
+    print(json.dumps(result))
+  else:
+    show(result)
+  return 0
+
+
+def check(args: Args) -> None:
+  for name, lowest in (("step", 0), ("batches", 1), ("tokens", 0), ("temperature", 0), ("seed", 0)):
+    value = getattr(args, name)
+    if value is not None and value < lowest:
+      raise ConfigError(f"--{name} {value} must be at least {lowest}")
+  if "" in args.prompt:
+    raise ConfigError("--prompt '' is empty; give some text to continue")
+
+
+def newest(checkpoints: Checkpoints, args: Args, say: Any) -> int:
+  if args.step is None:
+    step = checkpoints.newest_valid(say)
+    if step is None:
+      raise ConfigError(f"--run {args.run} holds no sound checkpoint yet; train it first")
+    return step
+  if args.step not in checkpoints.steps():
+    raise ConfigError(f"--step {args.step} is not saved in {args.run}: {checkpoints.steps()} are")
+  return args.step
+
+
+def losses(recipe: Recipe, state: TrainState, data: Prepared, batches: int | None) -> dict:
+  """{"memory_on": ..., "memory_off": ...}; without a memory only the first."""
+  kinds = {"memory_on": True, "memory_off": False} if data.layout else {"memory_on": True}
+  result = {}
+  for name, memory in kinds.items():
+    step = make_eval_step(recipe, memory=memory)
+    with contextlib.closing(data.validation_pipeline().iterate()) as windows:
+      few = itertools.islice(windows, batches)
+      result[name] = evaluate(step, state, few, data.token_bytes, data.sources)
+  return result
+
+
+def samples(recipe: Recipe, state: TrainState, data: Prepared, args: Args) -> list[dict[str, str]]:
+  prompts = args.prompt or (recipe.config.train.sample_prompt,)
+  if not args.tokens:
+    return []
+  next_logits = make_next_logits(recipe.graphdef, recipe.config.model)
+  greedy = complete(next_logits, state, data, prompts, args.tokens)
+  drawn = complete(
+    next_logits, state, data, prompts, args.tokens, temperature=args.temperature, seed=args.seed
+  )
+  keys = ("prompt", "greedy", "sampled")
+  return [dict(zip(keys, texts, strict=True)) for texts in zip(prompts, greedy, drawn, strict=True)]
+
+
+def show(result: dict[str, Any]) -> None:
+  print(f"{result['run']}, step {result['step']}")
+  print(f"{'memory':8}{'source':24}{'loss':>9}{'perplexity':>12}{'bits/byte':>11}{'tokens':>12}")
+  for name in ("memory_on", "memory_off"):
+    if name not in result:
+      continue
+    rows = {"all": result[name]} | result[name]["by_source"]
+    for source, r in rows.items():
+      print(
+        f"{name.removeprefix('memory_'):8}{source[:23]:24}{r['loss']:9.4f}{r['perplexity']:12.2f}"
+        f"{r['bits_per_byte']:11.4f}{r['tokens']:12,}"
+      )
+  for sample in result["samples"]:
+    for kind in ("greedy", "sampled"):
+      print(f"{kind}: {sample['prompt']}|{sample[kind]}")
+
+
+if __name__ == "__main__":
+  run_command(main)

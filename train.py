@@ -1,0 +1,201 @@
+"""Trains a language model with a conditional memory.
+
+    python train.py [--config configs/tiny.yaml] [--train.steps 20] [--any.field VALUE]
+
+The same command again resumes a run that was stopped. The loop is below, from top to bottom.
+"""
+
+import contextlib
+import itertools
+import sys
+import time
+
+import jax
+from tqdm import tqdm
+
+from engram_jax.cli import parse_config, run_command
+from engram_jax.config import Config
+from engram_jax.core.checkpoint import Checkpoints
+from engram_jax.core.metrics import MetricsWriter
+from engram_jax.core.peak import matmul_peak
+from engram_jax.core.run_directory import CHECKPOINTS, RunDirectory, check_config
+from engram_jax.core.signals import StopRequest
+from engram_jax.data.pipeline import Prepared, prepare
+from engram_jax.errors import EXIT_STOPPED, NonFiniteError
+from engram_jax.inference.generate import complete, make_next_logits
+from engram_jax.model.counts import count, flops_per_token
+from engram_jax.training.evaluate import evaluate, make_eval_step
+from engram_jax.training.identity import check_identity, identity
+from engram_jax.training.state import init_state, make_recipe
+from engram_jax.training.step import make_train_step
+
+
+def main() -> int:
+  cfg = parse_config("train.py", __doc__)
+  train = cfg.train
+  known = check_config(cfg)
+
+  # --- data, model, and what was decided -----------------------------------------------------------
+  data = prepare(cfg, say)
+  training, validation = data.training_pipeline(), data.validation_pipeline()
+  recipe = make_recipe(cfg)
+  train_step, eval_step = make_train_step(recipe), make_eval_step(recipe)
+  next_logits = make_next_logits(recipe.graphdef, cfg.model)
+  flops = 3 * flops_per_token(cfg.model, cfg.data.sequence_length)  # forward and twice backward
+  peak = matmul_peak() * jax.device_count()
+  announce(cfg, data, flops, peak)
+
+  with contextlib.ExitStack() as stack:
+    stop = stack.enter_context(StopRequest())
+    run = stack.enter_context(RunDirectory(cfg, data.tokenizer.to_str()))
+    checkpoints = stack.enter_context(
+      Checkpoints(run.path / CHECKPOINTS, keep=train.keep_checkpoints)
+    )
+
+    # --- a new run, or where the last one stopped --------------------------------------------------
+    meaning = identity(data.tokenizer_digest, data.compressor, data.layout)
+    start = checkpoints.newest_valid(say) if known else None
+    if start is None:
+      start, state = 0, init_state(recipe, data.layout)
+    else:
+      check_identity(checkpoints.meta(start), meaning, str(run.path))
+      state = checkpoints.restore(start, jax.eval_shape(lambda: init_state(recipe, data.layout)))
+      say(f"resumed {run.path} after step {start}")
+    if start == train.steps:
+      say(f"{run.path} is finished ({start} steps); for another run choose another --run.name")
+      return 0
+
+    # --- the loop ----------------------------------------------------------------------------------
+    writer = stack.enter_context(MetricsWriter(run.path, cfg.run.tensorboard, resume_step=start))
+    batches = stack.enter_context(contextlib.closing(training.iterate(start)))
+    bar = stack.enter_context(progress(start, train.steps))
+    clock, previous = Clock(), None
+    for step in range(start + 1, train.steps + 1):
+      state, metrics = train_step(state, next(batches))
+      if previous is not None:  # one step late, so that the device never waits for Python
+        stop_if_not_finite(previous, train.nonfinite_limit)
+      previous, last = metrics, step == train.steps
+      bar.update()
+      clock.count(train.batch_size * cfg.data.sequence_length)
+
+      if last or step % train.log_every == 0:
+        values = {name: float(value) for name, value in metrics.items()}
+        values |= clock.read(flops, peak)
+        writer.write(step, values)
+        report(step, values, bar)
+      if last or step % train.eval_every == 0:
+        with clock.stopped(), contextlib.closing(validation.iterate()) as windows:
+          few = itertools.islice(windows, None if last else train.eval_batches)
+          result = evaluate(eval_step, state, few, data.token_bytes, data.sources)
+        writer.write(step, {f"validation/{k}": v for k, v in result.items() if k != "by_source"})
+        say(
+          f"step {step}: validation loss {result['loss']:.4f}, perplexity "
+          f"{result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte"
+        )
+      if train.sample_tokens and (last or (train.sample_every and step % train.sample_every == 0)):
+        with clock.stopped():
+          text = complete(next_logits, state, data, [train.sample_prompt], train.sample_tokens)[0]
+        writer.text(step, "sample", train.sample_prompt + text)
+        say(f"step {step}: {train.sample_prompt}|{text}")
+      if last or stop.requested or step % train.checkpoint_every == 0:
+        with clock.stopped():
+          checkpoints.save(step, state, meaning | {"next_batch": step})
+      if stop.requested and not last:
+        checkpoints.wait()
+        say(f"stopped by {stop.signal_name}, step {step} saved; the same command resumes")
+        return EXIT_STOPPED
+    stop_if_not_finite(previous, train.nonfinite_limit)
+  say(f"finished {run.path}; evaluate it with: python eval.py --run {run.path}")
+  return 0
+
+
+def announce(cfg: Config, data: Prepared, flops: float, peak: float) -> None:
+  """What this run is, before it starts."""
+  parts = count(cfg.model, data.layout)
+  tokens = cfg.train.batch_size * cfg.data.sequence_length
+  rows = (
+    {layer: f"{data.layout.rows[layer]:,}" for layer in data.layout.layers} if data.layout else {}
+  )
+  devices = jax.devices()
+  for line in data.description:
+    say(line)
+  say(
+    f"model: {parts.total_parameters:,} parameters without the token embedding, "
+    f"{parts.active_parameters:,} active per token, {parts.memory_parameters:,} in memory tables"
+  )
+  if rows:
+    say("memory: " + ", ".join(f"block {layer} has {n} rows" for layer, n in rows.items()))
+  say(
+    f"step: {cfg.train.batch_size} windows x {cfg.data.sequence_length} = {tokens:,} tokens, "
+    f"{flops / 1e6:.1f} MFLOP a token; {cfg.train.steps} steps, {tokens * cfg.train.steps:,} tokens"
+  )
+  say(
+    f"device: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
+    f"measured matmul peak {peak / 1e9:.1f} GFLOP/s"
+  )
+
+
+def report(step: int, values: dict[str, float], bar: tqdm) -> None:
+  """One line of progress: in the bar on a terminal, by itself elsewhere."""
+  shown = {
+    "loss": f"{values['loss']:.4f}",
+    "grad": f"{values['grad_norm']:.2f}",
+    "lr": f"{values['learning_rate']:.1e}",
+    "tokens/s": f"{values['tokens_per_second']:.0f}",
+    "mfu": f"{values['mfu']:.0%}",
+  }
+  shown |= {k.replace("_mean/layer_", "@"): f"{v:.2f}" for k, v in values.items() if "gate" in k}
+  shown |= {k.replace("_rows/layer_", "@"): f"{v:.0%}" for k, v in values.items() if "unique" in k}
+  if "expert_balance" in values:
+    shown["balance"] = f"{values['expert_balance']:.2f}"
+  if values["nonfinite_total"]:
+    shown["skipped"] = f"{values['nonfinite_total']:.0f}"
+  if bar.disable:
+    say(f"step {step}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
+  else:
+    bar.set_postfix(shown)
+
+
+def stop_if_not_finite(metrics: dict[str, jax.Array], limit: int) -> None:
+  bad = int(metrics["nonfinite_in_row"])
+  if bad >= limit:
+    raise NonFiniteError(
+      f"{bad} steps in a row had a loss or gradient that is not finite "
+      f"(train.nonfinite_limit={limit}); parameters are as they were before the first of them. "
+      "Lower train.optimizer.learning_rate, or resume from the last checkpoint"
+    )
+
+
+def progress(start: int, steps: int) -> tqdm:
+  return tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty())
+
+
+def say(text: str) -> None:
+  tqdm.write(text, file=sys.stderr)
+
+
+class Clock:
+  """Tokens per second of training alone, since the last reading."""
+
+  def __init__(self):
+    self._tokens, self._since = 0, time.perf_counter()
+
+  def count(self, tokens: int) -> None:
+    self._tokens += tokens
+
+  @contextlib.contextmanager
+  def stopped(self):
+    begin = time.perf_counter()
+    yield
+    self._since += time.perf_counter() - begin
+
+  def read(self, flops: float, peak: float) -> dict[str, float]:
+    """flops: of one token; peak: FLOP/s of the machine."""
+    now = time.perf_counter()
+    speed = self._tokens / (now - self._since)
+    self._tokens, self._since = 0, now
+    return {"tokens_per_second": speed, "mfu": speed * flops / peak}
+
+
+if __name__ == "__main__":
+  run_command(main)
