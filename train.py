@@ -35,7 +35,7 @@ def main() -> int:
   train = cfg.train
   known = check_config(cfg)
 
-  # --- data, model, and what was decided -----------------------------------------------------------
+  # --- data, model, and what was decided ----------------------------------------------------
   data = prepare(cfg, say)
   training, validation = data.training_pipeline(), data.validation_pipeline()
   recipe = make_recipe(cfg)
@@ -52,7 +52,7 @@ def main() -> int:
       Checkpoints(run.path / CHECKPOINTS, keep=train.keep_checkpoints)
     )
 
-    # --- a new run, or where the last one stopped --------------------------------------------------
+    # --- a new run, or where the last one stopped -------------------------------------------
     meaning = identity(data.tokenizer_digest, data.compressor, data.layout)
     start = checkpoints.newest_valid(say) if known else None
     if start is None:
@@ -65,7 +65,7 @@ def main() -> int:
       say(f"{run.path} is finished ({start} steps); for another run choose another --run.name")
       return 0
 
-    # --- the loop ----------------------------------------------------------------------------------
+    # --- the loop ---------------------------------------------------------------------------
     writer = stack.enter_context(MetricsWriter(run.path, cfg.run.tensorboard, resume_step=start))
     batches = stack.enter_context(contextlib.closing(training.iterate(start)))
     bar = stack.enter_context(progress(start, train.steps))
@@ -113,9 +113,6 @@ def announce(cfg: Config, data: Prepared, flops: float, peak: float) -> None:
   """What this run is, before it starts."""
   parts = count(cfg.model, data.layout)
   tokens = cfg.train.batch_size * cfg.data.sequence_length
-  rows = (
-    {layer: f"{data.layout.rows[layer]:,}" for layer in data.layout.layers} if data.layout else {}
-  )
   devices = jax.devices()
   for line in data.description:
     say(line)
@@ -123,8 +120,9 @@ def announce(cfg: Config, data: Prepared, flops: float, peak: float) -> None:
     f"model: {parts.total_parameters:,} parameters without the token embedding, "
     f"{parts.active_parameters:,} active per token, {parts.memory_parameters:,} in memory tables"
   )
-  if rows:
-    say("memory: " + ", ".join(f"block {layer} has {n} rows" for layer, n in rows.items()))
+  if data.layout:
+    rows = (f"block {layer} has {data.layout.rows[layer]:,} rows" for layer in data.layout.layers)
+    say("memory: " + ", ".join(rows))
   say(
     f"step: {cfg.train.batch_size} windows x {cfg.data.sequence_length} = {tokens:,} tokens, "
     f"{flops / 1e6:.1f} MFLOP a token; {cfg.train.steps} steps, {tokens * cfg.train.steps:,} tokens"

@@ -30,10 +30,10 @@ class Vocabulary(Protocol):
 
 
 def row_ids(
-  layout: HashLayout | None, compressor: TokenCompressor | None, tokens_BT: np.ndarray
+  layout: HashLayout | None, compressor: TokenCompressor, tokens_BT: np.ndarray
 ) -> np.ndarray:
   """Row ids int32 [L, B, T, J] of raw token ids, one leading entry per Engram layer."""
-  if layout is None or compressor is None:
+  if layout is None:
     return np.zeros((0, *tokens_BT.shape, 0), np.int32)
   canonical_BT = compressor(tokens_BT)
   return np.stack(
@@ -45,7 +45,7 @@ def row_ids(
 
 
 def make_next_logits(graphdef: Any, cfg: ModelConfig) -> Callable[..., jax.Array]:
-  """`logits_BV = f(params, biases, tables, tokens_BT, row_ids, last_B)`: after position `last_B`."""
+  """`logits_BV = f(params, biases, tables, tokens_BT, row_ids, last_B)`, after `last_B`."""
 
   def run(params, biases, tables, tokens_BT, row_ids_LBTJ, last_B):
     model = nnx.merge(graphdef, nnx.State(params), nnx.State(biases))
@@ -90,7 +90,7 @@ def generate(
   prompts: Sequence[Sequence[int]],
   *,
   layout: HashLayout | None,
-  compressor: TokenCompressor | None,
+  compressor: TokenCompressor,
   max_new: int,
   temperature: float = 0.0,
   seed: int = 0,
@@ -117,6 +117,7 @@ def generate(
     ids = row_ids(layout, compressor, tokens_BT)
     last_B = jnp.asarray(ends - 1)
     logits_BV = next_logits(state.params, state.biases, state.tables, tokens_BT, ids, last_B)
+    logits_BV = logits_BV[:, : len(compressor.table)]  # the embedding may have ids to spare
     chosen = np.asarray(_choose(logits_BV, temperature, jax.random.fold_in(key, i)))
     done |= chosen == stop_id
     live = np.flatnonzero(~done)

@@ -31,7 +31,7 @@ _MEANING = {
 
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
-  """ConfigError naming the first of tokenizer, token map and hash layout that is another one now."""
+  """ConfigError naming the first of tokenizer, token map and hash layout that has changed."""
   for key, name in _MEANING.items():
     if saved.get(key) != now[key]:
       raise ConfigError(
