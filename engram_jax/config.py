@@ -349,6 +349,11 @@ class TrainConfig(Frozen):
       self.schedule.warmup_steps < self.steps or self.schedule.warmup_steps == 0,
       f"schedule.warmup_steps={self.schedule.warmup_steps} must be below steps={self.steps}",
     )
+    _require(
+      bool(self.sample_prompt) or not self.sample_tokens,
+      f"sample_prompt={self.sample_prompt!r} has nothing to continue: give some text, or "
+      f"sample_tokens=0 instead of sample_tokens={self.sample_tokens}",
+    )
     return self
 
 
@@ -442,12 +447,14 @@ def fields(model: type[pydantic.BaseModel] = Config, prefix: str = "") -> dict[s
 def nearest(key: str) -> str | None:
   """The known field closest to a mistyped dotted key."""
   known = list(fields())
-  by_leaf = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-  close = difflib.get_close_matches(key, known, 1, 0.6)
+  leaf = key.rsplit(".", 1)[-1]
+  close = difflib.get_close_matches(key, known, len(known), 0.6)
+  same_leaf = [name for name in close if name.rsplit(".", 1)[-1] == leaf]  # in the wrong section
   if close:
-    return close[0]
-  leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_leaf), 1, 0.6)
-  return by_leaf[leaf[0]] if leaf else None
+    return (same_leaf or close)[0]
+  by_leaf = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+  leaves = difflib.get_close_matches(leaf, list(by_leaf), 1, 0.6)
+  return by_leaf[leaves[0]] if leaves else None
 
 
 def _read(path: pathlib.Path, seen: tuple[pathlib.Path, ...]) -> dict[str, Any]:

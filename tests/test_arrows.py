@@ -1,0 +1,124 @@
+"""Imports inside the package point one way, and importing it stays cheap."""
+
+import ast
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import engram_jax
+
+PACKAGE = pathlib.Path(engram_jax.__file__).parent
+
+# What the modules of each room may import from, besides their own room.
+BASE = {"errors", "config"}
+MAY_IMPORT = {
+  "errors": set(),
+  "config": {"errors"},
+  "cli": BASE,
+  "core": BASE,
+  "memory": BASE | {"core"},
+  "data": BASE | {"memory"},
+  "model": BASE | {"core", "memory"},
+}
+MAY_IMPORT |= {room: {*MAY_IMPORT["model"], "model"} for room in ("training", "inference")}
+MAY_IMPORT["analysis"] = MAY_IMPORT["training"]
+MAY_IMPORT["research"] = {*MAY_IMPORT["training"], "data", "training", "inference", "analysis"}
+MAY_IMPORT["commands"] = {*MAY_IMPORT["research"], "research", "cli"}
+MAY_IMPORT["__init__"] = set()
+MAY_IMPORT["__main__"] = {"cli", "commands"}
+
+# Modules that a process without jax (a data worker, a server's tokenizer) can import.
+WITHOUT_JAX = [f"memory/{name}.py" for name in ("compress", "dialects", "primes", "hashing")]
+WITHOUT_JAX += [str(path.relative_to(PACKAGE)) for path in sorted((PACKAGE / "data").glob("*.py"))]
+
+MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+def imported(path: pathlib.Path) -> set[str]:
+  """Full names of the modules that a file imports, wherever in the file it does."""
+  found = set()
+  for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+      found.add(node.module)
+      found |= {f"{node.module}.{alias.name}" for alias in node.names}
+  return found
+
+
+def room(path: pathlib.Path) -> str:
+  return path.parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_point_one_way(path):
+  parts = (name.split(".") for name in imported(path))
+  rooms = {part[1] for part in parts if part[0] == "engram_jax" and len(part) > 1}
+  allowed = MAY_IMPORT[room(path)] | {room(path)}
+  assert rooms <= allowed, f"{path} imports {sorted(rooms - allowed)}"
+
+
+@pytest.mark.parametrize("path", WITHOUT_JAX)
+def test_the_numpy_half_imports_numpy_halves_only(path):
+  inside = {name for name in imported(pathlib.Path(path)) if name.startswith("engram_jax.memory.")}
+  modules = {name.split(".")[2] for name in inside}
+  assert modules <= {"compress", "dialects", "primes", "hashing", "hashing_jit"}
+
+
+def test_package_files_are_docstrings_alone():
+  for path in PACKAGE.rglob("__init__.py"):
+    body = ast.parse(path.read_text()).body
+    rest = body[1:] if path.parent != PACKAGE else [n for n in body[1:] if not version(n)]
+    assert isinstance(body[0], ast.Expr), path
+    assert rest == [], path
+
+
+def version(node: ast.stmt) -> bool:
+  return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"
+
+
+def test_importing_is_quick_and_brings_no_jax():
+  names = ["engram_jax." + path.removesuffix(".py").replace("/", ".") for path in WITHOUT_JAX]
+  names = [name.removesuffix(".__init__") for name in names]
+  program = f"""
+import importlib, json, os, sys, time
+environment = dict(os.environ)
+begin = time.perf_counter()
+import engram_jax
+seconds = time.perf_counter() - begin
+for name in {names!r}:
+  importlib.import_module(name)
+print(json.dumps({{
+  "seconds": seconds,
+  "heavy": sorted({{"jax", "jaxlib", "flax", "grain", "torch", "tensorflow"}} & set(sys.modules)),
+  "environment": environment == dict(os.environ),
+}}))
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+  )
+  result = json.loads(done.stdout)
+  assert result["seconds"] < 1
+  assert result["heavy"] == []
+  assert result["environment"]
+
+
+def test_importing_everything_touches_no_device():
+  names = [".".join(("engram_jax", *path.with_suffix("").parts)) for path in MODULES]
+  names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+  program = f"""
+import importlib, os
+import jax  # sets variables of its own
+environment = dict(os.environ)
+for name in {names!r}:
+  importlib.import_module(name)
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+changed = set(os.environ.items()) ^ set(environment.items())
+assert not changed, changed
+"""
+  subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, check=True)
