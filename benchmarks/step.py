@@ -22,6 +22,7 @@ from engram_jax.config import Config, load_config
 from engram_jax.data.pipeline import prepare
 from engram_jax.memory.unique import take_rows, unique_rows
 from engram_jax.model.counts import flops_per_token
+from engram_jax.training.evaluate import make_eval_step
 from engram_jax.training.state import init_state, make_recipe
 from engram_jax.training.step import loss_and_grads, make_train_step, zip_rows
 
@@ -104,12 +105,14 @@ def parts(cfg: Config) -> dict[str, Callable[[], object]]:
   look_up = jax.jit(look_up)
   rows, inverses = look_up(state, batch)
   grads = jax.jit(lambda s, r, i, b: loss_and_grads(recipe, s, r, i, b))
-  forward = jax.jit(lambda s, r, i, b: loss_and_grads(recipe, s, r, i, b)[1])
+  forward = make_eval_step(recipe)
   update = jax.jit(lambda g, s: recipe.optimizer.update(g, s.optimizer, s.params))
   (backbone, _), _ = grads(state, rows, inverses, batch)
   return {
     "part: distinct rows, gather": lambda: look_up(state, batch),
-    "part: loss forward": lambda: forward(state, rows, inverses, batch),
+    "part: forward, as in evaluation": lambda: forward(
+      state.params, state.biases, state.tables, batch
+    ),
     "part: loss and gradients": lambda: grads(state, rows, inverses, batch),
     "part: backbone optimizer": lambda: update(backbone, state),
   }

@@ -45,7 +45,6 @@ CONTRADICTIONS = [
   ({"data.sequence_length": 1}, ["data.sequence_length", "2", "got 1"]),
   ({"data.validation_fraction": 1.0}, ["data.validation_fraction", "got 1.0"]),
   ({"train.accumulate": 3}, ["batch_size=16", "accumulate=3"]),
-  ({"train.steps": 20}, ["warmup_steps=20", "steps=20"]),
   ({"train.schedule.decay_at": [0.5]}, ["decay_at=[0.5]", "decay_to=[0.316, 0.1]", "length"]),
   ({"train.schedule.decay_at": [0.9, 0.8]}, ["decay_at=[0.9, 0.8]", "rising"]),
   ({"train.optimizer.beta2": 1.0}, ["train.optimizer.beta2", "1", "got 1.0"]),

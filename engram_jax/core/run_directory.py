@@ -51,8 +51,9 @@ class RunDirectory:
     except OSError as error:
       raise StorageError(f"run folder {self.path} cannot be written: {error}") from None
     try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+      # lockf, not flock: a forked child, which may outlive us, does not inherit it.
+      fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
       self._lock.close()
       raise ConfigError(
         f"run.name={cfg.run.name!r}: another process is training in {self.path}; wait for it, "
