@@ -59,7 +59,7 @@ def main() -> int:
   with Checkpoints(args.run / CHECKPOINTS, keep=None) as checkpoints:
     step = newest(checkpoints, args, say)
     data = prepare(cfg, say)
-    meaning = identity(data.tokenizer_digest, data.compressor, data.layout)
+    meaning = identity(data.tokenizer_digest, data.compressor, data.layout, data.training.digest)
     check_identity(checkpoints.meta(step), meaning, str(args.run))
     like = jax.eval_shape(lambda: init_state(recipe, data.layout))
     state = checkpoints.restore(step, like)

@@ -24,6 +24,7 @@ from engram_jax.data.pipeline import Prepared, prepare
 from engram_jax.errors import EXIT_STOPPED, NonFiniteError
 from engram_jax.inference.generate import complete, make_next_logits
 from engram_jax.model.counts import count, flops_per_token
+from engram_jax.model.lm import compute_dtype
 from engram_jax.training.evaluate import evaluate, make_eval_step
 from engram_jax.training.identity import check_identity, identity
 from engram_jax.training.state import init_state, make_recipe
@@ -42,7 +43,7 @@ def main() -> int:
   train_step, eval_step = make_train_step(recipe), make_eval_step(recipe)
   next_logits = make_next_logits(recipe.graphdef, cfg.model)
   flops = 3 * flops_per_token(cfg.model, cfg.data.sequence_length)  # forward and twice backward
-  peak = matmul_peak() * jax.device_count()
+  peak = matmul_peak(compute_dtype(cfg.model.dtype)) * jax.device_count()
   announce(cfg, data, flops, peak)
 
   with contextlib.ExitStack() as stack:
@@ -53,7 +54,7 @@ def main() -> int:
     )
 
     # --- a new run, or where the last one stopped -------------------------------------------
-    meaning = identity(data.tokenizer_digest, data.compressor, data.layout)
+    meaning = identity(data.tokenizer_digest, data.compressor, data.layout, data.training.digest)
     start = checkpoints.newest_valid(say) if known else None
     if start is None:
       start, state = 0, init_state(recipe, data.layout)

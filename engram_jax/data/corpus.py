@@ -10,6 +10,7 @@ the end-of-text token. The arrays are memory-mapped: opening a corpus reads none
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -31,6 +32,7 @@ from engram_jax.errors import StorageError
 FORMAT = 1  # raise when the files or the split change: older ones are then passed over
 CHUNK_CHARACTERS = 1 << 20  # encoded at once
 PROGRESS_SECONDS = 10
+_SAMPLED = 1021  # every so many tokens count into a corpus's digest
 SPLITS = ("training", "validation")
 
 
@@ -61,6 +63,14 @@ class Corpus:
   @property
   def documents(self) -> int:
     return len(self.sources)
+
+  @property
+  def digest(self) -> str:
+    """SHA-256 (hex) of where documents end and of a sample of the tokens: enough to notice another
+    text without reading all of a large one."""
+    hasher = hashlib.sha256(np.ascontiguousarray(self.offsets, np.int64))
+    hasher.update(np.ascontiguousarray(self.tokens[::_SAMPLED], np.int64))
+    return hasher.hexdigest()
 
 
 def open_or_build(

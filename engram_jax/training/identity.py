@@ -12,14 +12,18 @@ from engram_jax.memory.hashing import HashLayout
 
 
 def identity(
-  tokenizer_digest: str, compressor: TokenCompressor, layout: HashLayout | None
+  tokenizer_digest: str,
+  compressor: TokenCompressor,
+  layout: HashLayout | None,
+  corpus_digest: str,
 ) -> dict[str, Any]:
-  """JSON values for a checkpoint's meta."""
+  """JSON values for a checkpoint's meta. The corpus is the training text, in its order."""
   return {
     "tokenizer_digest": tokenizer_digest,
     "token_map_digest": compressor.digest,
     "hash_layout_digest": layout.digest if layout else None,
     "hash_layout": layout.describe() if layout else None,
+    "corpus_digest": corpus_digest,
   }
 
 
@@ -27,6 +31,7 @@ _MEANING = {
   "tokenizer_digest": "tokenizer",
   "token_map_digest": "token map",
   "hash_layout_digest": "hash layout",
+  "corpus_digest": "training text",
 }
 
 
