@@ -14,6 +14,10 @@ from engram_jax.errors import ConfigError, StorageError
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
 CHECKPOINTS = "checkpoints"
+_LOCK = ".lock"
+_PARTIAL = ".partial"
+# What a process that was killed before its folder became a run may have left there.
+_BEFORE_CONFIG = (_LOCK, TOKENIZER, TOKENIZER + _PARTIAL, CONFIG + _PARTIAL)
 
 
 def check_config(cfg: Config) -> bool:
@@ -24,10 +28,11 @@ def check_config(cfg: Config) -> bool:
   directory = cfg.run.directory
   saved = directory / CONFIG
   if not saved.exists():
-    if directory.exists() and any(directory.iterdir()):
+    foreign = [path.name for path in directory.glob("*") if path.name not in _BEFORE_CONFIG]
+    if foreign:
       raise ConfigError(
-        f"run.name={cfg.run.name!r}: {directory} holds files but no {CONFIG}: not a run of this "
-        "project; choose another --run.name"
+        f"run.name={cfg.run.name!r}: {directory} holds {foreign[0]!r} but no {CONFIG}: not a run "
+        "of this project; choose another --run.name"
       )
     return False
   different = _differences(_flat(load_config(saved).model_dump()), _flat(cfg.model_dump()))
@@ -47,7 +52,7 @@ class RunDirectory:
     self.path = cfg.run.directory
     try:
       self.path.mkdir(parents=True, exist_ok=True)
-      self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held until __exit__)
+      self._lock = open(self.path / _LOCK, "w")  # noqa: SIM115 (held until __exit__)
     except OSError as error:
       raise StorageError(f"run folder {self.path} cannot be written: {error}") from None
     try:
@@ -80,7 +85,7 @@ def open_run(directory: str | pathlib.Path) -> Config:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-  partial = path.with_name(path.name + ".partial")
+  partial = path.with_name(path.name + _PARTIAL)
   with open(partial, "w") as file:
     file.write(text)
     file.flush()

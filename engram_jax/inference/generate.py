@@ -99,10 +99,13 @@ def generate(
   """New token ids for each prompt (token ids); temperature 0 is greedy.
 
   A prompt ends at `stop_id` (which is not returned) or after `max_new` tokens. Raises ConfigError
-  for an empty prompt or a negative temperature.
+  for an empty prompt, an id outside the vocabulary or a negative temperature.
   """
   if any(len(p) == 0 for p in prompts):
     raise ConfigError("prompt: an empty prompt has nothing to continue; give at least one token")
+  ids = len(compressor.table)
+  for i in (i for prompt in prompts for i in prompt if not 0 <= i < ids):
+    raise ConfigError(f"prompt: token id {i} is outside the vocabulary: 0..{ids - 1}")
   if temperature < 0:
     raise ConfigError(f"temperature={temperature} must be 0 (greedy) or above")
   lengths = np.array([len(p) for p in prompts])
