@@ -119,14 +119,14 @@ def samples(recipe: Recipe, state: TrainState, data: Prepared, args: Args) -> li
 
 def show(result: dict[str, Any]) -> None:
   print(f"{result['run']}, step {result['step']}")
-  print(f"{'memory':8}{'source':24}{'loss':>9}{'perplexity':>12}{'bits/byte':>11}{'tokens':>12}")
+  print(f"{'memory':8}{'source':34}{'loss':>9}{'perplexity':>12}{'bits/byte':>11}{'tokens':>12}")
   for name in ("memory_on", "memory_off"):
     if name not in result:
       continue
     rows = {"all": result[name]} | result[name]["by_source"]
     for source, r in rows.items():
       print(
-        f"{name.removeprefix('memory_'):8}{source[:23]:24}{r['loss']:9.4f}{r['perplexity']:12.2f}"
+        f"{name.removeprefix('memory_'):8}{source[:33]:34}{r['loss']:9.4f}{r['perplexity']:12.2f}"
         f"{r['bits_per_byte']:11.4f}{r['tokens']:12,}"
       )
   for sample in result["samples"]:

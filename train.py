@@ -86,7 +86,7 @@ def main() -> int:
         report(step, values, bar)
       if last or step % train.eval_every == 0:
         with clock.stopped(), contextlib.closing(validation.iterate()) as windows:
-          few = itertools.islice(windows, None if last else train.eval_batches)
+          few = itertools.islice(windows, train.eval_batches)
           result = evaluate(eval_step, state, few, data.token_bytes, data.sources)
         writer.write(step, {f"validation/{k}": v for k, v in result.items() if k != "by_source"})
         say(

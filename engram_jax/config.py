@@ -329,6 +329,7 @@ class TrainConfig(Frozen):
   log_every: Positive = 10
   eval_every: Positive = 100
   eval_batches: Positive = 16
+  """Validation batches read each time, always the same ones; eval.py reads all."""
   sample_every: Count = 200
   """0 = only at the end."""
   sample_prompt: str = "The capital of France is"
