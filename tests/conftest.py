@@ -1,0 +1,159 @@
+"""What several test files share: the two commands as modules, and a laboratory to run them in."""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import pytest
+import yaml
+from jax.experimental.compilation_cache import compilation_cache
+
+import engram_jax
+from engram_jax.cli import run_command
+from engram_jax.config import RunConfig
+
+ROOT = pathlib.Path(engram_jax.__file__).parents[1]
+TEXTS = ("bisect", "copy", "dis", "heapq")  # modules of the standard library, read as text
+
+TINY = {
+  "run": {"name": "t"},
+  "model": {
+    "vocab_size": 300,
+    "width": 16,
+    "layers": 2,
+    "attention": {"heads": 2, "latent": 8, "nope_dim": 8, "rope_dim": 4, "value_dim": 8},
+    "moe": {"routed_experts": 4, "top_k": 2, "expert_width": 16, "dense_width": 32},
+    "residual": {"branches": 2, "sinkhorn_iterations": 3},
+    "engram": {"layers": [1], "heads": 2, "row_width": 4, "rows_per_head": 101},
+  },
+  "data": {"source": "text", "sequence_length": 32, "validation_fraction": 0.25},
+  "train": {
+    "steps": 24,
+    "batch_size": 2,
+    "log_every": 1,
+    "eval_every": 12,
+    "eval_batches": 2,
+    "sample_every": 0,
+    "sample_prompt": "def",
+    "sample_tokens": 4,
+    "checkpoint_every": 8,
+    "schedule": {"warmup_steps": 2},
+    "optimizer": {"newton_schulz_steps": 2},
+  },
+}
+
+
+class Done(NamedTuple):
+  code: int
+  out: str
+  err: str
+
+
+class Lab(NamedTuple):
+  """Somewhere to run the commands: a small real corpus, its cache, and a config that names both."""
+
+  folder: pathlib.Path
+  config: pathlib.Path
+  compiled: pathlib.Path
+  train: ModuleType
+  eval: ModuleType
+
+  def run(self, command: ModuleType, *args: object) -> Done:
+    """A command in this process, as if called with these words."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [command.__name__, *map(str, args)]
+    try:
+      with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as left,
+      ):
+        run_command(command.main)
+    finally:
+      sys.argv = before
+    return Done(left.value.code, out.getvalue(), err.getvalue())
+
+  def training(self, root: pathlib.Path, *args: object) -> Done:
+    return self.run(self.train, "--config", self.config, "--run.root", root, *args)
+
+  def evaluation(self, run: pathlib.Path, *args: object) -> Done:
+    return self.run(self.eval, "--run", run, *args)
+
+  def process(self, *words: object) -> subprocess.CompletedProcess:
+    """A Python process that finds the programs compiled here."""
+    environment = os.environ | {
+      "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+      "PYTHONPATH": str(ROOT),
+    }
+    words = [sys.executable, *map(str, words)]
+    return subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def load_command(name: str) -> ModuleType:
+  """train.py or eval.py as a module, under a name that no installed module has."""
+  spec = importlib.util.spec_from_file_location(f"command_{name}", ROOT / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> Iterator[Lab]:
+  """Programs are compiled once for all runs of a test file, and quickly rather than well."""
+  folder = tmp_path_factory.mktemp("lab")
+  (folder / "text").mkdir()
+  for name in TEXTS:
+    shutil.copy(importlib.util.find_spec(name).origin, folder / "text" / f"{name}.txt")
+  data = TINY["data"] | {"path": str(folder / "text"), "cache": str(folder / "cache")}
+  config = folder / "tiny.yaml"
+  config.write_text(yaml.safe_dump(TINY | {"data": data}))
+  commands = [load_command(name) for name in ("train", "eval")]
+  options = {
+    "jax_disable_most_optimizations": True,
+    "jax_compilation_cache_dir": str(folder / "compiled"),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+  }
+  before = {name: jax.config.values[name] for name in options}
+  with pytest.MonkeyPatch.context() as patch:
+    share_programs(commands, patch)
+    for name, value in options.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield Lab(folder, config, folder / "compiled", *commands)
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def share_programs(commands: list[ModuleType], patch: pytest.MonkeyPatch) -> None:
+  """Equal configs, apart from the run's place, get the same jitted functions."""
+  train = commands[0]
+  recipe = functools.cache(train.make_recipe)
+  make = {
+    name: functools.cache(getattr(train, name))
+    for name in ("make_train_step", "make_eval_step", "make_next_logits")
+  }
+  make["make_recipe"] = lambda cfg: recipe(
+    cfg.model_copy(
+      update={"run": RunConfig(), "data": cfg.data.model_copy(update={"tokenizer": ""})}
+    )
+  )
+  for command in commands:
+    for name, function in make.items():
+      if hasattr(command, name):
+        patch.setattr(command, name, function)

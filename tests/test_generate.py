@@ -1,0 +1,125 @@
+"""Continuations: greedy ones are the full forward's argmax, whatever else is in the batch."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engram_jax.config import load_config
+from engram_jax.errors import ConfigError
+from engram_jax.inference.generate import generate, make_next_logits, row_ids
+from engram_jax.memory.compress import TokenCompressor
+from engram_jax.memory.hashing import HashLayout
+from engram_jax.memory.table import lookup
+from engram_jax.training.state import init_state, make_recipe
+
+PROMPTS = ([5, 6, 7], [40, 41, 42, 43, 44, 45, 46, 47, 48], [299])
+
+
+@pytest.fixture(scope="module")
+def speaker(lab):
+  """A model with large random parameters, so that its choices are clear and differ."""
+  cfg = load_config(lab.config, {"model.init_std": 0.5})
+  engram = cfg.model.engram
+  compressor = TokenCompressor.identity(cfg.model.vocab_size)
+  layout = HashLayout.build(
+    engram.dialect,
+    engram.layers,
+    engram.rows_per_head,
+    engram.max_ngram,
+    engram.heads,
+    compressor.size,
+    engram.pad_id,
+    engram.seed,
+  )
+  recipe = make_recipe(cfg)
+  state = init_state(recipe, layout)
+  next_logits = make_next_logits(recipe.graphdef, cfg.model)
+
+  def speak(prompts, max_new=5, **options):
+    return generate(
+      next_logits,
+      state,
+      prompts,
+      layout=layout,
+      compressor=compressor,
+      max_new=max_new,
+      **options,
+    )
+
+  return types.SimpleNamespace(
+    cfg=cfg, recipe=recipe, state=state, layout=layout, compressor=compressor, speak=speak
+  )
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(speaker):
+  """One forward over prompt and continuation, without padding, gives every choice again."""
+  prompt = list(PROMPTS[1])
+  new = speaker.speak([prompt], max_new=6)[0]
+  tokens_BT = np.array([prompt + new])
+  ids = row_ids(speaker.layout, speaker.compressor, tokens_BT)
+  model = speaker.recipe.model(speaker.state.params, speaker.state.biases)
+  rows = lookup(speaker.state.tables[0], ids[0]).reshape(*tokens_BT.shape, -1)
+  hidden_BTD, _ = model(jnp.asarray(tokens_BT), (rows,))
+  chosen_T = np.asarray(model.logits(hidden_BTD))[0].argmax(-1)
+  assert new == chosen_T[len(prompt) - 1 : -1].tolist()
+
+
+def test_a_batch_of_prompts_says_what_each_says_alone(speaker):
+  together = speaker.speak(PROMPTS)
+  assert together == [speaker.speak([prompt])[0] for prompt in PROMPTS]
+  assert len({tuple(new) for new in together}) > 1
+
+
+def test_a_prompt_ends_at_the_stop_id_and_the_others_go_on(speaker):
+  free = speaker.speak(PROMPTS)
+  stop = free[0][2]
+  stopped = speaker.speak(PROMPTS, stop_id=stop)
+  cut = [new[: new.index(stop)] if stop in new else new for new in free]
+  assert stopped == cut
+
+
+def test_sampling_follows_its_seed(speaker):
+  one, again, other = (speaker.speak(PROMPTS, temperature=2.0, seed=s) for s in (0, 0, 1))
+  assert one == again
+  assert one != other
+
+
+def test_ids_that_a_smaller_tokenizer_has_not_are_never_chosen(speaker):
+  recipe, state = speaker.recipe, speaker.state
+  new = generate(
+    make_next_logits(recipe.graphdef, speaker.cfg.model),
+    state,
+    [[3, 4]],
+    layout=None,
+    compressor=TokenCompressor.identity(10),
+    max_new=0,
+  )
+  assert new == [[]]
+  logits_BV = jax.nn.one_hot(jnp.array([299]), 300)
+  new = generate(
+    lambda *_: logits_BV,
+    state,
+    [[3, 4]],
+    layout=None,
+    compressor=TokenCompressor.identity(10),
+    max_new=3,
+    temperature=1.0,
+  )
+  assert max(new[0]) < 10
+
+
+@pytest.mark.parametrize("bad", [-1, 300])
+def test_ids_outside_the_vocabulary_are_refused(speaker, bad):
+  with pytest.raises(ConfigError, match=rf"token id {bad} .* 0\.\.299") as caught:
+    speaker.speak([[1, 2], [3, bad]])
+  assert caught.value.exit_code == 2
+
+
+def test_empty_prompts_and_negative_temperatures_are_refused(speaker):
+  with pytest.raises(ConfigError, match="empty"):
+    speaker.speak([[1], []])
+  with pytest.raises(ConfigError, match=r"temperature=-0\.5"):
+    speaker.speak([[1]], temperature=-0.5)

@@ -1,0 +1,142 @@
+"""One training step: what moves, what does not, and what a number that is not one may change."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engram_jax.config import load_config
+from engram_jax.data.pipeline import prepare
+from engram_jax.training.evaluate import make_eval_step
+from engram_jax.training.state import init_state, make_recipe
+from engram_jax.training.step import make_train_step
+
+
+@pytest.fixture(scope="module")
+def world(lab):
+  """Recipe, prepared data, compiled step, and the state after two steps (moments are not zero)."""
+  cfg = load_config(lab.config, {"train.schedule.warmup_steps": 0})
+  data = prepare(cfg, lambda line: None)
+  recipe = make_recipe(cfg)
+  step = make_train_step(recipe)
+  state = init_state(recipe, data.layout)
+  for i in range(2):
+    state, _ = step(state, batch_at(data, i))
+  return recipe, data, step, state
+
+
+def batch_at(data, step: int) -> dict:
+  return data.training_pipeline().batch_at(step)
+
+
+def own(state):
+  """A copy that may be donated."""
+  return jax.tree.map(jnp.copy, state)
+
+
+def assert_only_counters_moved(before, after, bad_in_row: int) -> None:
+  chex.assert_trees_all_equal(
+    after._replace(step=before.step, bad_in_row=before.bad_in_row, bad_total=before.bad_total),
+    before,
+  )
+  assert int(after.step) == int(before.step) + 1
+  assert int(after.bad_in_row) == bad_in_row
+
+
+def test_a_step_moves_every_matrix_and_only_the_touched_rows(world):
+  _, data, step, state = world
+  batch = batch_at(data, 2)
+  new, metrics = step(own(state), batch)
+  still = jax.tree.map(lambda a, b: bool((a == b).all()), state.params, new.params)
+  assert not any(jax.tree.leaves(still)), still
+  touched = np.unique(batch["row_ids"][0])
+  moved = np.flatnonzero((np.asarray(state.tables[0]) != np.asarray(new.tables[0])).any(-1))
+  np.testing.assert_array_equal(moved, touched)
+  before, after = state.row_optimizers[0], new.row_optimizers[0]
+  counted = np.flatnonzero(np.asarray(after.touched_R) - np.asarray(before.touched_R))
+  np.testing.assert_array_equal(counted, touched)
+  for old, now in ((before.mu_RC, after.mu_RC), (before.nu_RC, after.nu_RC)):
+    rest = np.setdiff1d(np.arange(old.shape[0]), touched)
+    np.testing.assert_array_equal(np.asarray(old)[rest], np.asarray(now)[rest])
+  assert metrics["unique_rows/layer_1"] == pytest.approx(touched.size / batch["row_ids"].size)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("place", ["parameter", "row"])
+def test_a_value_that_is_not_finite_changes_only_the_counters(world, place, value):
+  _, data, step, state = world
+  batch = batch_at(data, 2)
+  if place == "row":
+    row = int(batch["row_ids"][0, 0, 0, 0])
+    poisoned = own(state)._replace(tables=(state.tables[0].at[row].set(value),))
+  else:
+    leaves, tree = jax.tree.flatten(own(state.params))
+    largest = max(range(len(leaves)), key=lambda i: leaves[i].size)
+    leaves[largest] = leaves[largest].at[:].set(value)
+    poisoned = own(state)._replace(params=jax.tree.unflatten(tree, leaves))
+  after, metrics = step(own(poisoned), batch)
+  assert_only_counters_moved(poisoned, after, bad_in_row=1)
+  assert int(metrics["nonfinite_total"]) == 1
+  once_more, _ = step(own(after), batch_at(data, 3))
+  assert int(once_more.bad_total) in (1, 2)
+
+
+def test_the_count_in_a_row_starts_again_after_a_good_step(world):
+  _, data, step, state = world
+  state = own(state)._replace(bad_in_row=jnp.int32(7), bad_total=jnp.int32(9))
+  after, _ = step(state, batch_at(data, 2))
+  assert (int(after.bad_in_row), int(after.bad_total)) == (0, 9)
+
+
+def test_masked_targets_do_not_count(world):
+  _, data, step, state = world
+  batch = batch_at(data, 2)
+  masked = batch | {"mask": np.array(batch["mask"])}
+  masked["mask"][0] = False
+  changed = masked | {"targets": np.where(masked["mask"], masked["targets"], 7)}
+  one, metrics = step(own(state), masked)
+  two, _ = step(own(state), changed)
+  chex.assert_trees_all_equal(one, two)
+  assert int(metrics["tokens"]) == masked["mask"].sum()
+
+
+def test_a_step_is_a_function_of_state_and_batch(world):
+  _, data, step, state = world
+  one, two = (step(own(state), batch_at(data, 5))[0] for _ in range(2))
+  chex.assert_trees_all_equal(one, two)
+
+
+def test_micro_batches_add_up_to_the_whole_batch(world):
+  recipe, data, step, state = world
+  train = recipe.config.train.model_copy(update={"accumulate": 2})
+  parts = make_train_step(recipe._replace(config=recipe.config.model_copy(update={"train": train})))
+  one, two = own(state), own(state)
+  for i in range(2, 5):
+    batch = batch_at(data, i)
+    batch = batch | {"mask": np.array(batch["mask"])}
+    batch["mask"][0, 8:] = False  # the halves have different numbers of targets
+    one, whole = step(one, batch)
+    two, halves = parts(two, batch)
+    chex.assert_trees_all_close(halves, whole, rtol=2e-5, atol=1e-6)
+  chex.assert_trees_all_close(two.params, one.params, atol=1e-5)
+  chex.assert_trees_all_close(two.tables, one.tables, atol=1e-5)
+  chex.assert_trees_all_close(two.biases, one.biases, atol=1e-6)
+
+
+def test_memory_off_is_a_table_of_zeros(world):
+  recipe, data, _, state = world
+  batch = batch_at(data, 2)
+  on = make_eval_step(recipe)
+  off = make_eval_step(recipe, memory=False)(state.params, state.biases, state.tables, batch)
+  zeros = jax.tree.map(jnp.zeros_like, state.tables)
+  np.testing.assert_array_equal(off, on(state.params, state.biases, zeros, batch))
+  assert not np.array_equal(off, on(state.params, state.biases, state.tables, batch))
+
+
+def test_training_and_evaluation_agree_on_the_loss(world):
+  recipe, data, step, state = world
+  batch = batch_at(data, 2)
+  nll_BT = make_eval_step(recipe)(state.params, state.biases, state.tables, batch)
+  _, metrics = step(own(state), batch)
+  assert float(metrics["loss"]) == pytest.approx(nll_BT.sum() / batch["mask"].sum(), rel=1e-5)
