@@ -111,9 +111,9 @@ def load_command(name: str) -> ModuleType:
   return module
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory) -> Iterator[Lab]:
-  """Programs are compiled once for all runs of a test file, and quickly rather than well."""
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Lab:
+  """What every laboratory shares: corpus, config, and a folder of compiled programs."""
   folder = tmp_path_factory.mktemp("lab")
   (folder / "text").mkdir()
   for name in TEXTS:
@@ -122,26 +122,34 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
   config = folder / "tiny.yaml"
   config.write_text(yaml.safe_dump(TINY | {"data": data}))
   commands = [load_command(name) for name in ("train", "eval")]
+  share_programs(commands)
+  return Lab(folder, config, folder / "compiled", *commands)
+
+
+@pytest.fixture(scope="module")
+def lab(built, tmp_path_factory) -> Iterator[Lab]:
+  """Programs are compiled once for all runs, and quickly rather than well."""
   options = {
     "jax_disable_most_optimizations": True,
-    "jax_compilation_cache_dir": str(folder / "compiled"),
+    "jax_compilation_cache_dir": str(built.compiled),
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": 0,
   }
   before = {name: jax.config.values[name] for name in options}
-  with pytest.MonkeyPatch.context() as patch:
-    share_programs(commands, patch)
-    for name, value in options.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield Lab(folder, config, folder / "compiled", *commands)
-    for name, value in before.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
+  for name, value in options.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield built._replace(folder=tmp_path_factory.mktemp("runs"))
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
 
 
-def share_programs(commands: list[ModuleType], patch: pytest.MonkeyPatch) -> None:
-  """Equal configs, apart from the run's place, get the same jitted functions."""
+def share_programs(commands: list[ModuleType]) -> None:
+  """Equal configs, apart from the run's place, get the same jitted functions.
+
+  The modules were loaded for these tests alone, so nobody else meets the changed names.
+  """
   train = commands[0]
   recipe = functools.cache(train.make_recipe)
   make = {
@@ -154,6 +162,5 @@ def share_programs(commands: list[ModuleType], patch: pytest.MonkeyPatch) -> Non
     )
   )
   for command in commands:
-    for name, function in make.items():
-      if hasattr(command, name):
-        patch.setattr(command, name, function)
+    for name in make.keys() & vars(command).keys():
+      setattr(command, name, make[name])

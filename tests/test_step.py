@@ -9,17 +9,17 @@ import pytest
 from engram_jax.config import load_config
 from engram_jax.data.pipeline import prepare
 from engram_jax.training.evaluate import make_eval_step
-from engram_jax.training.state import init_state, make_recipe
+from engram_jax.training.state import init_state
 from engram_jax.training.step import make_train_step
 
 
 @pytest.fixture(scope="module")
 def world(lab):
   """Recipe, prepared data, compiled step, and the state after two steps (moments are not zero)."""
-  cfg = load_config(lab.config, {"train.schedule.warmup_steps": 0})
+  cfg = load_config(lab.config)
   data = prepare(cfg, lambda line: None)
-  recipe = make_recipe(cfg)
-  step = make_train_step(recipe)
+  recipe = lab.train.make_recipe(cfg)
+  step = lab.train.make_train_step(recipe)
   state = init_state(recipe, data.layout)
   for i in range(2):
     state, _ = step(state, batch_at(data, i))
@@ -78,8 +78,6 @@ def test_a_value_that_is_not_finite_changes_only_the_counters(world, place, valu
   after, metrics = step(own(poisoned), batch)
   assert_only_counters_moved(poisoned, after, bad_in_row=1)
   assert int(metrics["nonfinite_total"]) == 1
-  once_more, _ = step(own(after), batch_at(data, 3))
-  assert int(once_more.bad_total) in (1, 2)
 
 
 def test_the_count_in_a_row_starts_again_after_a_good_step(world):
@@ -138,5 +136,6 @@ def test_training_and_evaluation_agree_on_the_loss(world):
   recipe, data, step, state = world
   batch = batch_at(data, 2)
   nll_BT = make_eval_step(recipe)(state.params, state.biases, state.tables, batch)
+  mean = float(nll_BT.sum()) / batch["mask"].sum()
   _, metrics = step(own(state), batch)
-  assert float(metrics["loss"]) == pytest.approx(nll_BT.sum() / batch["mask"].sum(), rel=1e-5)
+  assert float(metrics["loss"]) == pytest.approx(mean, rel=1e-5)

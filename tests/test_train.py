@@ -205,8 +205,7 @@ def test_a_second_process_in_the_same_folder_is_refused(lab, whole, tmp_path):
   run = copy(whole[0], tmp_path)
   before = files(run)
   holder = (
-    "import sys; import engram_jax
-from engram_jax.config import load_config;"
+    "import sys; from engram_jax.config import load_config;"
     "from engram_jax.core.run_directory import RunDirectory\n"
     "with RunDirectory(load_config(sys.argv[1], {'run.root': sys.argv[2]}), ''):\n"
     "  print('held', flush=True); sys.stdin.read()"
