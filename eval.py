@@ -20,8 +20,10 @@ from engram_jax.cli import run_command
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.run_directory import CHECKPOINTS, TOKENIZER, open_run
 from engram_jax.data.pipeline import Prepared, prepare
+from engram_jax.data.tokenizer import read_tokenizer
 from engram_jax.errors import ConfigError
 from engram_jax.inference.generate import complete, make_next_logits
+from engram_jax.memory.compress import tokenizer_digest
 from engram_jax.training.evaluate import evaluate, make_eval_step
 from engram_jax.training.identity import check_identity, identity
 from engram_jax.training.state import Recipe, TrainState, init_state, make_recipe
@@ -58,9 +60,12 @@ def main() -> int:
   recipe = make_recipe(cfg)
   with Checkpoints(args.run / CHECKPOINTS, keep=None) as checkpoints:
     step = newest(checkpoints, args, say)
+    meta = checkpoints.meta(step)
+    words = tokenizer_digest(read_tokenizer(args.run / TOKENIZER))
+    check_identity(meta, {"tokenizer_digest": words}, str(args.run))  # before tokenising with it
     data = prepare(cfg, say)
     meaning = identity(data.tokenizer_digest, data.compressor, data.layout, data.training.digest)
-    check_identity(checkpoints.meta(step), meaning, str(args.run))
+    check_identity(meta, meaning, str(args.run))
     like = jax.eval_shape(lambda: init_state(recipe, data.layout))
     state = checkpoints.restore(step, like)
   result = {"run": str(args.run), "step": step} | losses(recipe, state, data, args.batches)

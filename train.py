@@ -76,6 +76,8 @@ def main() -> int:
       if previous is not None:  # one step late, so that the device never waits for Python
         stop_if_not_finite(previous, train.nonfinite_limit)
       previous, last = metrics, step == train.steps
+      if last:  # before its checkpoint says that the run is finished
+        stop_if_not_finite(metrics, train.nonfinite_limit)
       bar.update()
       clock.count(train.batch_size * cfg.data.sequence_length)
 
@@ -105,7 +107,6 @@ def main() -> int:
         checkpoints.wait()
         say(f"stopped by {stop.signal_name}, step {step} saved; the same command resumes")
         return EXIT_STOPPED
-    stop_if_not_finite(previous, train.nonfinite_limit)
   say(f"finished {run.path}; evaluate it with: python eval.py --run {run.path}")
   return 0
 

@@ -36,9 +36,9 @@ _MEANING = {
 
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
-  """ConfigError naming the first of tokenizer, token map and hash layout that has changed."""
+  """ConfigError naming the first of the values in `now` that was another one in `saved`."""
   for key, name in _MEANING.items():
-    if saved.get(key) != now[key]:
+    if key in now and saved.get(key) != now[key]:
       raise ConfigError(
         f"{where} was trained with another {name}: {key} {saved.get(key)} there, {now[key]} here; "
         f"use the {name} of that run (its tokenizer.json and config.yaml), or start another run"
