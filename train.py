@@ -43,7 +43,7 @@ def main() -> int:
   train_step, eval_step = make_train_step(recipe), make_eval_step(recipe)
   next_logits = make_next_logits(recipe.graphdef, cfg.model)
   flops = 3 * flops_per_token(cfg.model, cfg.data.sequence_length)  # forward and twice backward
-  peak = matmul_peak(compute_dtype(cfg.model.dtype)) * jax.device_count()
+  peak = matmul_peak(compute_dtype(cfg.model.dtype))
   announce(cfg, data, flops, peak)
 
   with contextlib.ExitStack() as stack:
@@ -130,7 +130,7 @@ def announce(cfg: Config, data: Prepared, flops: float, peak: float) -> None:
     f"{flops / 1e6:.1f} MFLOP a token; {cfg.train.steps} steps, {tokens * cfg.train.steps:,} tokens"
   )
   say(
-    f"device: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
+    f"mesh: 1 of {len(devices)} {devices[0].platform} devices ({devices[0].device_kind}), "
     f"measured matmul peak {peak / 1e9:.1f} GFLOP/s"
   )
 
