@@ -81,20 +81,21 @@ def main() -> int:
       bar.update()
       clock.count(train.batch_size * cfg.data.sequence_length)
 
-      if last or step % train.log_every == 0:
+      evaluating = last or step % train.eval_every == 0
+      if evaluating or step % train.log_every == 0:
         values = {name: float(value) for name, value in metrics.items()}
         values |= clock.read(flops, peak)
-        writer.write(step, values)
         report(step, values, bar)
-      if last or step % train.eval_every == 0:
-        with clock.stopped(), contextlib.closing(validation.iterate()) as windows:
-          few = itertools.islice(windows, train.eval_batches)
-          result = evaluate(eval_step, state, few, data.token_bytes, data.sources)
-        writer.write(step, {f"validation/{k}": v for k, v in result.items() if k != "by_source"})
-        say(
-          f"step {step}: validation loss {result['loss']:.4f}, perplexity "
-          f"{result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte"
-        )
+        if evaluating:
+          with clock.stopped(), contextlib.closing(validation.iterate()) as windows:
+            few = itertools.islice(windows, train.eval_batches)
+            result = evaluate(eval_step, state, few, data.token_bytes, data.sources)
+          values |= {f"validation/{k}": v for k, v in result.items() if k != "by_source"}
+          say(
+            f"step {step}: validation loss {result['loss']:.4f}, perplexity "
+            f"{result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte"
+          )
+        writer.write(step, values)
       if train.sample_tokens and (last or (train.sample_every and step % train.sample_every == 0)):
         with clock.stopped():
           text = complete(next_logits, state, data, [train.sample_prompt], train.sample_tokens)[0]
