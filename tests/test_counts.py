@@ -193,3 +193,15 @@ def test_the_papers_models_differ_only_where_they_should():
   small, large = sizes["engram_27b"].model, sizes["engram_40b"].model
   rows = large.engram.model_copy(update={"rows_per_head": small.engram.rows_per_head})
   assert large.model_copy(update={"engram": rows}) == small
+
+
+def test_tiny_and_its_twin_without_memory_are_equal_within_one_percent():
+  tiny, twin = (load_config(f"configs/{name}.yaml") for name in ("tiny", "tiny_moe"))
+  here, there = count(tiny.model), count(twin.model)
+  assert here.memory_parameters > 0 == there.memory_parameters
+  assert there.total_parameters == pytest.approx(here.total_parameters, rel=0.01)
+  assert there.active_parameters == pytest.approx(here.active_parameters, rel=0.01)
+  length = tiny.data.sequence_length
+  flops = flops_per_token(tiny.model, length)
+  assert flops_per_token(twin.model, length) == pytest.approx(flops, rel=0.01)
+  assert (tiny.data, tiny.train) == (twin.data, twin.train)
