@@ -1,7 +1,7 @@
 """The command line: `--config FILE` and any field by its dotted path, and the exit codes.
 
 tyro makes the options, help and spelling suggestions from the config's fields; it builds plain
-dicts, so that every check and message is config.py's own.
+dicts, so that every check and message is config's own.
 """
 
 import argparse

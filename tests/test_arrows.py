@@ -70,7 +70,8 @@ def test_the_numpy_half_imports_numpy_halves_only(path):
 
 
 def test_package_files_are_docstrings_alone():
-  for path in PACKAGE.rglob("__init__.py"):
+  contract = PACKAGE / "config" / "__init__.py"  # `from engram_jax.config import Config` is promised
+  for path in set(PACKAGE.rglob("__init__.py")) - {contract}:
     body = ast.parse(path.read_text()).body
     rest = body[1:] if path.parent != PACKAGE else [n for n in body[1:] if not version(n)]
     assert isinstance(body[0], ast.Expr), path

@@ -1,0 +1,211 @@
+"""The model's sections: memory, attention, experts, residual branches.
+
+Letters (the package docstring has them all): D width, G residual branches, N largest n-gram order,
+K heads per order, J = (N-1) K columns, C row width, M = J C memory width, V vocabulary.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from engram_jax.config.base import MAX_ROWS, Count, Frozen, Positive, Rate, require
+
+
+class EngramConfig(Frozen):
+  """The conditional memory (arXiv 2601.07372, section 2). `layers: []` is a model without one."""
+
+  layers: tuple[Count, ...] = ()
+  """0-based blocks that read a memory at their entry."""
+  max_ngram: Annotated[int, Field(ge=2, le=8)] = 3
+  """N: suffix n-grams of orders 2..N."""
+  heads: Positive = 8
+  """K: hash heads per order."""
+  row_width: Positive = 64
+  """C: width of one row."""
+  rows_per_head: tuple[Positive, ...] = (646_400,)
+  """Where each order's prime search starts, one number per order; one number serves all orders."""
+  seed: Count = 0
+  """Of the hash multipliers."""
+  pad_id: Count = 2
+  """Raw id that stands before the start of a text."""
+  dialect: Literal["engram", "deepseek_v41", "qwen_ple"] = "engram"
+  gate: Literal["signed_sqrt", "sigmoid"] = "signed_sqrt"
+  bias: bool = False
+  """On the key and value projections (the demo has it, V4.1 has not)."""
+  conv_kernel: Count = 4
+  """Taps of the causal depthwise convolution, dilation N; 0 = none."""
+  norm_eps: Annotated[float, Field(gt=0)] = 1.1920928955078125e-07
+  """Key and query norms."""
+  conv_norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+  reset_at_documents: bool = True
+  """N-grams and convolution do not look across documents."""
+  table_dtype: Literal["float32", "bfloat16"] = "float32"
+  """Stored; bf16 rows are rounded stochastically when updated, with no f32 copy."""
+  exchange_capacity: Annotated[float, Field(gt=0)] = 1.25
+  """Rows one exchange can carry, over a batch's lookups; what is above travels in more rounds."""
+
+  @model_validator(mode="before")
+  @classmethod
+  def _one_number_for_all_orders(cls, data: Any) -> Any:
+    if not isinstance(data, dict):
+      return data
+    rows = data.get("rows_per_head", cls.model_fields["rows_per_head"].default)
+    orders = data.get("max_ngram", cls.model_fields["max_ngram"].default)
+    if isinstance(rows, int):
+      rows = (rows,)
+    if isinstance(rows, list | tuple) and len(rows) == 1 and isinstance(orders, int):
+      rows = tuple(rows) * max(orders - 1, 1)
+    return {**data, "rows_per_head": rows}
+
+  @model_validator(mode="after")
+  def _check(self) -> "EngramConfig":
+    orders = self.max_ngram - 1
+    require(
+      len(self.rows_per_head) == orders,
+      f"rows_per_head has {len(self.rows_per_head)} numbers but max_ngram={self.max_ngram} "
+      f"has {orders} orders (2..{self.max_ngram}): give one number, or {orders}",
+    )
+    require(
+      len(set(self.layers)) == len(self.layers), f"layers={list(self.layers)} names a layer twice"
+    )
+    require(
+      tuple(sorted(self.layers)) == self.layers,
+      f"layers={list(self.layers)} must be in rising order: {sorted(self.layers)}",
+    )
+    rows = self.heads * sum(self.rows_per_head)
+    require(
+      rows <= MAX_ROWS,
+      f"a table of {rows:,} rows (heads={self.heads} x rows_per_head={list(self.rows_per_head)}) "
+      f"has no int32 row ids: at most {MAX_ROWS:,}",
+    )
+    return self
+
+  @property
+  def columns(self) -> int:
+    """J: rows looked up per token, (N-1) K."""
+    return (self.max_ngram - 1) * self.heads
+
+  @property
+  def memory_width(self) -> int:
+    """M = J C: width of what one token retrieves."""
+    return self.columns * self.row_width
+
+
+class YarnConfig(Frozen):
+  """YaRN length extension of the rotary frequencies (arXiv 2309.00071); scale 1 is plain RoPE."""
+
+  scale: Annotated[float, Field(ge=1)] = 1.0
+  alpha: Annotated[float, Field(gt=0)] = 1.0
+  """Rotations below which a frequency is interpolated."""
+  beta: Annotated[float, Field(gt=0)] = 32.0
+  """Rotations above which it is left alone."""
+  original_length: Positive = 4096
+  attention_factor: Annotated[float, Field(gt=0)] = 0.707
+  """F: logits scale by (0.1 f ln s + 1)^2."""
+
+  @model_validator(mode="after")
+  def _check(self) -> "YarnConfig":
+    require(self.alpha < self.beta, f"alpha={self.alpha} must be below beta={self.beta}")
+    return self
+
+
+class AttentionConfig(Frozen):
+  """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
+
+  heads: Positive = 4
+  latent: Positive = 64
+  """Rank of the shared key-value latent."""
+  query_latent: Count = 0
+  """Rank of the query compression; 0 = none."""
+  nope_dim: Positive = 32
+  """Per head, without rotation."""
+  rope_dim: Positive = 16
+  """Per head, rotated; one key shared by all heads."""
+  value_dim: Positive = 32
+  rope_base: Annotated[float, Field(gt=1)] = 10_000.0
+  yarn: YarnConfig = YarnConfig()
+  kernel: Literal["auto", "plain", "flash"] = "auto"
+  """Auto: plain on CPU, a flash kernel on accelerators."""
+
+  @model_validator(mode="after")
+  def _check(self) -> "AttentionConfig":
+    require(self.rope_dim % 2 == 0, f"rope_dim={self.rope_dim} must be even: it rotates pairs")
+    return self
+
+
+class MoEConfig(Frozen):
+  """DeepSeekMoE feed-forward with loss-free balancing (arXiv 2401.06066, 2408.15664)."""
+
+  routed_experts: Count = 16
+  """E; 0 = every block has a dense feed-forward."""
+  top_k: Positive = 2
+  shared_experts: Count = 1
+  expert_width: Positive = 128
+  leading_dense_layers: Count = 1
+  dense_width: Positive = 384
+  bias_step: Rate = 1e-3
+  """How far an expert's bias moves against its load after each step."""
+  route_scale: Annotated[float, Field(gt=0)] = 1.0
+  dispatch: Literal["auto", "blocked", "ragged", "dense"] = "auto"
+  """Auto: blocked on CPU."""
+
+  @model_validator(mode="after")
+  def _check(self) -> "MoEConfig":
+    if self.routed_experts:
+      require(
+        self.top_k <= self.routed_experts,
+        f"top_k={self.top_k} is above routed_experts={self.routed_experts}",
+      )
+    return self
+
+
+class ResidualConfig(Frozen):
+  """Manifold-constrained hyper-connections (arXiv 2512.24880); one branch = a plain residual."""
+
+  branches: Positive = 4
+  """G."""
+  sinkhorn_iterations: Positive = 20
+  initial_scale: Rate = 0.01
+  """Of the input-dependent part of the mixing."""
+
+
+class ModelConfig(Frozen):
+  vocab_size: Positive = 4096
+  """V."""
+  width: Positive = 128
+  """D."""
+  layers: Positive = 4
+  tie_embeddings: bool = False
+  norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+  init_std: Annotated[float, Field(gt=0)] = 0.02
+  dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+  """Compute; auto: f32 on CPU, else bf16."""
+  scan_layers: bool = False
+  """One compiled body for each run of equal blocks; blocks with a memory stand alone."""
+  remat: Literal["none", "dots", "block"] = "none"
+  """What the backward pass computes again: nothing, all but matrix products, whole blocks."""
+  attention: AttentionConfig = AttentionConfig()
+  moe: MoEConfig = MoEConfig()
+  residual: ResidualConfig = ResidualConfig()
+  engram: EngramConfig = EngramConfig()
+
+  @model_validator(mode="after")
+  def _check(self) -> "ModelConfig":
+    over = [layer for layer in self.engram.layers if layer >= self.layers]
+    require(
+      not over,
+      f"engram.layers={list(self.engram.layers)} names block {max(over, default=0)} "
+      f"but layers={self.layers} has blocks 0..{self.layers - 1}",
+    )
+    dense = self.moe.leading_dense_layers
+    require(dense <= self.layers, f"moe.leading_dense_layers={dense} is above layers={self.layers}")
+    if self.engram.layers:
+      require(
+        self.engram.pad_id < self.vocab_size,
+        f"engram.pad_id={self.engram.pad_id} is outside vocab_size={self.vocab_size}",
+      )
+    return self
+
+  def is_moe(self, layer: int) -> bool:
+    """Whether block `layer` (0-based) has routed experts."""
+    return self.moe.routed_experts > 0 and layer >= self.moe.leading_dense_layers

