@@ -70,7 +70,7 @@ def test_the_numpy_half_imports_numpy_halves_only(path):
 
 
 def test_package_files_are_docstrings_alone():
-  contract = PACKAGE / "config" / "__init__.py"  # `from engram_jax.config import Config` is promised
+  contract = PACKAGE / "config" / "__init__.py"  # promised: `from engram_jax.config import X`
   for path in set(PACKAGE.rglob("__init__.py")) - {contract}:
     body = ast.parse(path.read_text()).body
     rest = body[1:] if path.parent != PACKAGE else [n for n in body[1:] if not version(n)]
