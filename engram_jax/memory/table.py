@@ -6,24 +6,39 @@ not depend on the devices it was trained on. Pad rows are zero and no id points 
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from engram_jax.memory.exchange import (
+  Round,
+  Shards,
+  ask,
+  fetch,
+  in_further_rounds,
+  send_back,
+  shards,
+  wanted,
+)
+from engram_jax.memory.unique import FILL, expand
+
 PAD_MULTIPLE = 1024
 MAX_ROWS = 2**31 - 1  # row ids are int32
 
 
-def padded_rows(rows: int) -> int:
-  """Rows of the stored array: the next multiple of 1,024.
+def padded_rows(rows: int, devices: int = 1) -> int:
+  """Rows of the stored array: the next multiple of 1,024, and of the number of devices.
 
+  With any divisor of 1,024 devices the second adds nothing, so the shape is the same for all.
   Raises ValueError for a table whose rows have no int32 ids.
   """
   if not 0 < rows <= MAX_ROWS:
     raise ValueError(f"a table of {rows:,} rows has no int32 row ids: give 1 to {MAX_ROWS:,}")
-  return -(-rows // PAD_MULTIPLE) * PAD_MULTIPLE
+  multiple = math.lcm(PAD_MULTIPLE, devices)
+  return -(-rows // multiple) * multiple
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "width", "std", "dtype"))
@@ -44,21 +59,96 @@ def table_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(mesh.axis_names, None))
 
 
-def lookup(table_RC: jax.Array, row_ids: jax.Array, *, mesh: Mesh | None = None) -> jax.Array:
+def lookup(
+  table_RC: jax.Array,
+  row_ids: jax.Array,
+  *,
+  mesh: Mesh | None = None,
+  capacity: float = 1.25,
+) -> jax.Array:
   """Rows [*row_ids.shape, C] of the table, in its dtype; differentiable in the table.
 
   Args:
     table_RC: [R_padded, C].
     row_ids: integers, offsets included (`hash ids + layout.offsets[layer]`).
-    mesh: where the table is sharded by `table_sharding`. Its gradient is then sharded as it is:
-      left alone, XLA would sum it whole on every device. The gather itself is the partitioner's.
+    mesh: over which the table is sharded as `table_sharding(mesh)` says. Ids and rows then travel
+      by all-to-all (memory/exchange.py), and the gradient is summed where its rows lie; the table
+      itself stays where it is. Rows that do not divide by the devices are padded for the call,
+      which copies the table: `padded_rows(rows, devices)` makes one that need not be.
+    capacity: rows that one exchange carries, over the ids of a device; what is above travels in
+      further rounds. Never changes the result.
 
   An id outside the array gives a row of NaN, never a neighbour's row; `check_row_ids` refuses such
   ids on the host, where they enter.
   """
-  if mesh is not None:
-    table_RC = jax.lax.with_sharding_constraint(table_RC, table_sharding(mesh))
+  if mesh is not None and mesh.size > 1 and row_ids.size:
+    return _sharded_lookup(mesh, capacity, table_RC, row_ids)
   return table_RC.at[row_ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def _sharded_lookup(
+  mesh: Mesh, capacity: float, table_RC: jax.Array, row_ids: jax.Array
+) -> jax.Array:
+  """Cuts the ids into one equal part for each device, by leading axes where they divide."""
+  D, (R, C) = mesh.size, table_RC.shape
+  table_RC = jnp.pad(table_RC, ((0, -R % D), (0, 0)))
+  table_RC = jax.lax.with_sharding_constraint(table_RC, table_sharding(mesh))
+  if row_ids.shape[0] % D == 0:
+    return _exchanged(mesh, capacity, table_RC, row_ids)
+  flat = jnp.pad(row_ids.reshape(-1), (0, -row_ids.size % D), constant_values=FILL)
+  return _exchanged(mesh, capacity, table_RC, flat)[: row_ids.size].reshape(*row_ids.shape, C)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _exchanged(mesh: Mesh, capacity: float, table_RC: jax.Array, row_ids: jax.Array) -> jax.Array:
+  axes, s = mesh.axis_names, _layout(mesh, capacity, table_RC, row_ids)
+
+  def run(table_rC: jax.Array, ids: jax.Array) -> jax.Array:
+    wants = [wanted(ids, s)]
+    take = lambda _, ids: ((), [table_rC.at[ids[0]].get(mode="fill", fill_value=0)])
+    row = jax.ShapeDtypeStruct(table_rC.shape[1:], table_rC.dtype)
+    _, (rows_UC,) = fetch(take, (), wants, ask(wants, [s]), [s], row)
+    return expand(rows_UC, wants[0].inverse)
+
+  spec = PartitionSpec(axes)
+  return jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(
+    table_RC, row_ids
+  )
+
+
+def _exchanged_forward(mesh, capacity, table_RC, row_ids):
+  return _exchanged(mesh, capacity, table_RC, row_ids), (table_RC, row_ids)
+
+
+def _exchanged_backward(mesh, capacity, saved, drows):
+  """Each device sums the gradients of its distinct ids; their owners sum over the devices."""
+  table_RC, row_ids = saved  # of the table only the shape is read
+  (_, C), s = table_RC.shape, _layout(mesh, capacity, *saved)
+
+  def run(ids: jax.Array, drows: jax.Array) -> jax.Array:
+    wants = [wanted(ids, s)]
+    grads_UC = jnp.zeros((wants[0].ids_U.size, C), jnp.float32)
+    grads_UC = grads_UC.at[wants[0].inverse].add(drows, mode="promise_in_bounds")
+    sums_rC = jnp.zeros((s.rows, C), jnp.float32)
+
+    def add(sums_rC: jax.Array, round_: Round) -> jax.Array:
+      (grads,) = send_back([grads_UC], round_, [s])
+      return sums_rC.at[round_.received[0]].add(grads, mode="drop")
+
+    sums_rC = in_further_rounds(add, add(sums_rC, ask(wants, [s])), wants, [s])
+    return sums_rC.astype(table_RC.dtype)
+
+  spec = PartitionSpec(mesh.axis_names)
+  run = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+  return run(row_ids, drows), None
+
+
+_exchanged.defvjp(_exchanged_forward, _exchanged_backward)
+
+
+def _layout(mesh: Mesh, capacity: float, table_RC: jax.Array, row_ids: jax.Array) -> Shards:
+  D = mesh.size
+  return shards(mesh.axis_names, D, table_RC.shape[0] // D, row_ids.size // D, capacity)
 
 
 def lookup_reference(table_RC: jax.Array, row_ids: jax.Array) -> jax.Array:
