@@ -26,7 +26,7 @@ from jax import lax
 
 from engram_jax.memory.unique import FILL, UniqueRows, unique_rows
 
-SPARE = 16  # a further round has slots / SPARE slots
+SPARE = 16  # a further round has 1 / SPARE of the slots, but at least 8
 
 
 class Shards(NamedTuple):
@@ -52,7 +52,7 @@ def shards(axes: Sequence[str], devices: int, rows: int, ids: int, capacity: flo
   """
   most = min(ids, rows)  # distinct ids that one device can want of another
   slots = min(most, -(-int(capacity * ids + 1) // devices) + 8)
-  spare = 0 if slots == most else max(1, slots // SPARE)
+  spare = 0 if slots == most else min(max(slots // SPARE, 8), slots)
   return Shards(tuple(axes), devices, rows, slots, spare)
 
 

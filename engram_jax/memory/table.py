@@ -41,15 +41,22 @@ def padded_rows(rows: int, devices: int = 1) -> int:
   return -(-rows // multiple) * multiple
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "width", "std", "dtype"))
+@functools.partial(jax.jit, static_argnames=("rows", "width", "std", "dtype", "devices"))
 def init_table(
-  key: jax.Array, rows: int, width: int, *, std: float, dtype: jax.typing.DTypeLike = jnp.float32
+  key: jax.Array,
+  rows: int,
+  width: int,
+  *,
+  std: float,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+  devices: int = 1,
 ) -> jax.Array:
   """A table [R_padded, C]: `rows` rows drawn from N(0, std^2), then zeros.
 
+  The rows are the same for any `devices`, which only pads (see `padded_rows`).
   To make it sharded from the start, jit a call of it with `out_shardings=table_sharding(mesh)`.
   """
-  shape = (padded_rows(rows), width)
+  shape = (padded_rows(rows, devices), width)
   values_RC = std * jax.random.normal(key, shape, jnp.float32)
   return jnp.where(jnp.arange(shape[0])[:, None] < rows, values_RC, 0).astype(dtype)
 
