@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 
 from engram_jax.config import AttentionConfig, YarnConfig
-from engram_jax.model import mla
 from engram_jax.model.mla import LatentAttention
 from engram_jax.model.norm import rms_norm
 from engram_jax.model.rope import frequencies, logit_factor, rotate
@@ -129,7 +128,7 @@ def test_packed_documents_equal_the_documents_apart(case):
 def test_a_position_alone_in_its_document_reads_itself():
   query, key, value = (1e4 * random(seed, 2, T, 3, 4) for seed in range(3))
   segments = np.tile(np.arange(T), (2, 1))
-  np.testing.assert_array_equal(jax.jit(mla.attention)(query, key, value, segments, 1.0), value)
+  np.testing.assert_array_equal(jax.jit(attention)(query, key, value, segments, 1.0), value)
 
 
 def test_rotation_keeps_only_the_distance_of_positions():

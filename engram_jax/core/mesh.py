@@ -1,7 +1,7 @@
 """The device mesh: four axes, of which any may have size 1 and then costs nothing.
 
-`data` and `fsdp` divide the batch (`fsdp` parameters too), `expert` the routed experts, `tensor`
-the width of matrices. Memory tables are sharded over all four, flattened.
+`data`, `fsdp` and `expert` divide the batch; `fsdp` divides parameters too, `expert` the routed
+experts, `tensor` the width of matrices. Memory tables are sharded over all four, flattened.
 """
 
 import math
@@ -11,6 +11,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
 
 
 def make_mesh(
@@ -41,5 +42,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The leading axis over `data` and `fsdp`."""
-  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+  """The leading axis over `data`, `fsdp` and `expert`, whole on each device along `tensor`."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """How many parts the batch is divided into."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def platform(mesh: Mesh | None) -> str:
+  """What the mesh's devices are, or for None this process's: "cpu", "gpu" or "tpu".
+
+  The devices need not be attached: a topology to compile for has abstract ones.
+  """
+  return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform

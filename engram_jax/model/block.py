@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from engram_jax.config import ModelConfig
 from engram_jax.memory.engram import Engram
@@ -35,10 +36,12 @@ class Block(nnx.Module):
     rows_BTM: jax.Array | None,
     segments_BT: jax.Array,
     positions_BT: jax.Array,
+    mesh: Mesh | None = None,
   ) -> tuple[jax.Array, dict[str, Any]]:
     """The streams after the block, and its probes: "gate" [B, T, G] and "load" [E] if it has them.
 
     rows_BTM: what was looked up for each token; None in a block without a memory.
+    mesh: the devices that B is divided over; None is one.
     """
     probes = {}
     if self.engram is not None:
@@ -47,12 +50,12 @@ class Block(nnx.Module):
         x_BTGD, probes = x_BTGD + delta_BTGD, probes | gates
 
     def attend(normed_BTD):
-      return self.attention(normed_BTD, segments_BT, positions_BT), {}
+      return self.attention(normed_BTD, segments_BT, positions_BT, mesh), {}
 
     def feed(normed_BTD):
       if self.moe is not None:
         with jax.named_scope("moe"):
-          return self.moe(normed_BTD)
+          return self.moe(normed_BTD, mesh)
       with jax.named_scope("feed_forward"):
         return self.feed_forward(normed_BTD), {}
 

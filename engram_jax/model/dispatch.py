@@ -6,7 +6,9 @@ All have one signature: `(x_SD, experts_SK, weights_SK, w_gate_EDF, w_up_EDF, w_
     expert[e](x) = (silu(x w_gate[e]) * (x w_up[e])) w_down[e],
 
 with experts_SK int32 in [0, E) and, per token, no expert twice. S tokens, D width, E experts,
-K experts per token, F expert width, and N = S K assignments, numbered s K + k.
+K experts per token, F expert width, and N = S K assignments, numbered s K + k. With K = 1 a row of
+zeros may also name expert E, which is nobody: it adds to no gradient of a weight, and what it gets
+itself, forward and backward, is to be ignored.
 
 `dense_experts` is the plain reference, with E / K times the work. `blocked_experts` is for CPUs,
 where XLA has no grouped product: assignments are sorted by expert, each expert's run is padded to
@@ -24,10 +26,13 @@ from jax import lax
 Experts = Callable[..., jax.Array]
 
 
-def experts_for(dispatch: str) -> Experts:
-  """The function that a config's `dispatch` names; "auto": blocked on CPU, ragged elsewhere."""
+def experts_for(dispatch: str, platform: str | None = None) -> Experts:
+  """The function that a config's `dispatch` names; "auto": blocked on CPU, ragged elsewhere.
+
+  platform: of the devices that will run it; default: this process's.
+  """
   if dispatch == "auto":
-    dispatch = "blocked" if jax.default_backend() == "cpu" else "ragged"
+    dispatch = "blocked" if (platform or jax.default_backend()) == "cpu" else "ragged"
   return {"dense": dense_experts, "blocked": blocked_experts, "ragged": ragged_experts}[dispatch]
 
 
@@ -59,7 +64,7 @@ def ragged_experts(
   """Assignments sorted by expert, then `lax.ragged_dot` over the runs."""
   tokens, k = experts_SK.shape
   experts = w_gate_EDF.shape[0]
-  order_N, _ = _sort_by_expert(experts_SK, experts)
+  order_N, _ = sort_by_expert(experts_SK, experts)
   inverse_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(tokens * k, dtype=order_N.dtype))
   sizes_E = jnp.bincount(experts_SK.reshape(-1), length=experts).astype(jnp.int32)
   x_ND = _permute(jnp.repeat(x_SD, k, axis=0), order_N)
@@ -75,11 +80,11 @@ def _permute(rows: jax.Array, order_N: jax.Array) -> jax.Array:
   return rows.at[order_N].get(unique_indices=True, mode="promise_in_bounds")
 
 
-def _sort_by_expert(experts_SK: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+def sort_by_expert(experts_SK: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
   """(assignments in the order of their experts, those experts), both int32 [N]; stable."""
   expert_N = experts_SK.reshape(-1)
   count = expert_N.size
-  if experts * count < 2**31:  # one packed key sorts four times as fast as a key and a value
+  if (experts + 1) * count < 2**31:  # one packed key sorts four times as fast as a key and a value
     packed_N = jnp.sort(expert_N * count + jnp.arange(count, dtype=jnp.int32))
     return packed_N % count, packed_N // count
   order_N = jnp.argsort(expert_N, stable=True)
@@ -114,12 +119,12 @@ def _blocks(experts_SK: jax.Array, experts: int, rows: int) -> _Blocks:
   tokens, k = experts_SK.shape
   count = tokens * k
   blocks = -(-count // rows) + experts
-  order_N, expert_N = _sort_by_expert(experts_SK, experts)
+  order_N, expert_N = sort_by_expert(experts_SK, experts)
   sizes_E = jnp.bincount(experts_SK.reshape(-1), length=experts).astype(jnp.int32)
   blocks_E = -(-sizes_E // rows)
   end_E = jnp.cumsum(blocks_E)
   shift_E = (end_E - blocks_E) * rows - (jnp.cumsum(sizes_E) - sizes_E)
-  row_N = jnp.arange(count, dtype=jnp.int32) + shift_E[expert_N]
+  row_N = jnp.arange(count, dtype=jnp.int32) + shift_E[jnp.minimum(expert_N, experts - 1)]
   assignment = jnp.full(blocks * rows, count, jnp.int32)
   assignment = assignment.at[row_N].set(order_N, unique_indices=True, indices_are_sorted=True)
   row_SK = jnp.zeros(count, jnp.int32).at[order_N].set(row_N, unique_indices=True)

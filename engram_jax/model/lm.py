@@ -10,10 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from engram_jax.config import ModelConfig
+from engram_jax.core.mesh import batch_shards, platform
 from engram_jax.model.block import Block
 from engram_jax.model.norm import rms_norm
+from engram_jax.model.sharding import cast, constrain_batch, gather
+from engram_jax.model.stack import run_blocks
 
 
 class LM(nnx.Module):
@@ -38,6 +42,7 @@ class LM(nnx.Module):
     *,
     segments_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
+    mesh: Mesh | None = None,
   ) -> tuple[jax.Array, dict[str, tuple[jax.Array, ...]]]:
     """The final hidden state and what happened on the way.
 
@@ -46,6 +51,9 @@ class LM(nnx.Module):
       rows: one [B, T, M] (or [B, T, J, C]) array per entry of `cfg.engram.layers`, in order.
       segments_BT: int32 document of each position in a packed window; default: one document.
       positions_BT: int32 position within the document; default: 0, 1, ... along T.
+      mesh: the devices to run on, which also choose kernels and the dtype of "auto"; B is divided
+        over the batch's axes, parameters as `model.sharding.param_shardings` says. Default: one
+        device of this process.
 
     Returns:
       hidden_BTD after the final norm, in the compute dtype, and probes: "gate", a float32
@@ -53,7 +61,7 @@ class LM(nnx.Module):
       assignments; "hidden", a [B, T, D] per block, the mean of the streams after it.
 
     Raises:
-      ValueError: another number of rows arrays than memories.
+      ValueError: another number of rows arrays than memories; B that does not divide by the mesh.
     """
     B, T = tokens_BT.shape
     if len(rows) != len(self.cfg.engram.layers):
@@ -61,25 +69,33 @@ class LM(nnx.Module):
         f"{len(rows)} arrays of rows for {len(self.cfg.engram.layers)} memories "
         f"(engram.layers={list(self.cfg.engram.layers)}): give one each"
       )
+    if mesh is not None and B % batch_shards(mesh):
+      raise ValueError(
+        f"a batch of {B} does not divide by the {batch_shards(mesh)} devices of mesh axes "
+        "data x fsdp x expert: give a multiple"
+      )
     if segments_BT is None:
       segments_BT = jnp.zeros((B, T), jnp.int32)
     if positions_BT is None:
       positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     rows_of = dict(zip(self.cfg.engram.layers, rows, strict=True))
 
-    with jax.named_scope("embedding"):
-      x_BTD = self.embedding[...].astype(compute_dtype(self.cfg.dtype))[tokens_BT]
-      streams = (B, T, self.cfg.residual.branches, self.cfg.width)
-      x_BTGD = jnp.broadcast_to(x_BTD[:, :, None], streams)
-    probes: dict[str, list[Any]] = {"gate": [], "load": [], "hidden": []}
-    for layer, block in enumerate(self.blocks):
-      with jax.named_scope(f"block_{layer}"):
-        x_BTGD, seen = block(x_BTGD, rows_of.get(layer), segments_BT, positions_BT)
-      for name, value in (seen | {"hidden": x_BTGD.mean(2)}).items():
-        probes[name].append(value)
+    x_BTGD = self._streams(tokens_BT, mesh)
+    x_BTGD, probes = run_blocks(
+      self.cfg, self.blocks, x_BTGD, rows_of, segments_BT, positions_BT, mesh
+    )
     with jax.named_scope("final_norm"):
-      hidden_BTD = rms_norm(probes["hidden"][-1], self.g_final[...], self.cfg.norm_eps)
+      hidden_BTD = rms_norm(x_BTGD.mean(2), self.g_final[...], self.cfg.norm_eps)
     return hidden_BTD, {name: tuple(values) for name, values in probes.items()}
+
+  @jax.named_scope("embedding")
+  def _streams(self, tokens_BT: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """[B, T, G, D], G copies of each token's embedding, in the compute dtype."""
+    dtype = compute_dtype(self.cfg.dtype, platform(mesh))
+    table = gather(cast({"embedding": self.embedding[...]}, dtype), mesh)["embedding"]
+    x_BTD = constrain_batch(table[tokens_BT], mesh)
+    streams = (*tokens_BT.shape, self.cfg.residual.branches, self.cfg.width)
+    return jnp.broadcast_to(x_BTD[:, :, None], streams)
 
   @property
   def head_DV(self) -> jax.Array:
@@ -93,8 +109,11 @@ class LM(nnx.Module):
       return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
 
 
-def compute_dtype(name: str) -> Any:
-  """The dtype of activations: as named, or for "auto" float32 on CPU and bfloat16 elsewhere."""
+def compute_dtype(name: str, platform: str | None = None) -> Any:
+  """The dtype of activations: as named, or for "auto" float32 on CPU and bfloat16 elsewhere.
+
+  platform: of the devices that will compute; default: this process's.
+  """
   if name == "auto":
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16
   return jnp.dtype(name)

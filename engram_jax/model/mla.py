@@ -9,12 +9,12 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from engram_jax.config import AttentionConfig
+from engram_jax.model.attention_kernels import attend
 from engram_jax.model.norm import rms_norm
 from engram_jax.model.rope import frequencies, logit_factor, rotate
-
-_MASKED = -1e30  # finite: a row of it gives equal weights, not NaN
 
 
 class LatentAttention(nnx.Module):
@@ -44,7 +44,11 @@ class LatentAttention(nnx.Module):
     self.w_out = param(H, cfg.value_dim, D)
 
   def __call__(
-    self, x_BTD: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array
+    self,
+    x_BTD: jax.Array,
+    segments_BT: jax.Array,
+    positions_BT: jax.Array,
+    mesh: Mesh | None = None,
   ) -> jax.Array:
     """[B, T, D] in the dtype of x. A position sees itself and what precedes it in its segment."""
     query_BTHK = self.queries(x_BTD, positions_BT)
@@ -53,7 +57,9 @@ class LatentAttention(nnx.Module):
       key_BTHK = self.keys(latent_BTL, key_rope_BTR)
       value_BTHV = jnp.einsum("btl,lhv->bthv", latent_BTL, self.w_value_up.astype(x_BTD.dtype))
     with jax.named_scope("attention"):
-      mixed_BTHV = attention(query_BTHK, key_BTHK, value_BTHV, segments_BT, self.scale)
+      mixed_BTHV = attend(
+        self.cfg.kernel, query_BTHK, key_BTHK, value_BTHV, segments_BT, self.scale, mesh
+      )
     return jnp.einsum("bthv,hvd->btd", mixed_BTHV, self.w_out.astype(x_BTD.dtype))
 
   @property
@@ -91,21 +97,3 @@ class LatentAttention(nnx.Module):
   def _rotate(self, x_BTHR: jax.Array, positions_BT: jax.Array) -> jax.Array:
     turns = frequencies(self.cfg.rope_dim, self.cfg.rope_base, self.cfg.yarn)
     return rotate(x_BTHR, positions_BT, turns)
-
-
-def attention(
-  query_BTHK: jax.Array,
-  key_BTHK: jax.Array,
-  value_BTHV: jax.Array,
-  segments_BT: jax.Array,
-  scale: float,
-) -> jax.Array:
-  """Causal softmax attention within segments, [B, T, H, V]; logits and softmax in float32."""
-  T = query_BTHK.shape[1]
-  logits = jnp.einsum(
-    "bthk,bshk->bhts", query_BTHK * scale, key_BTHK, preferred_element_type=jnp.float32
-  )
-  seen_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
-  seen_BTS &= jnp.arange(T)[:, None] >= jnp.arange(T)
-  weights = jax.nn.softmax(jnp.where(seen_BTS[:, None], logits, _MASKED), axis=-1)
-  return jnp.einsum("bhts,bshv->bthv", weights.astype(value_BTHV.dtype), value_BTHV)

@@ -9,40 +9,19 @@ without a gradient: after each step it moves by a fixed amount against an expert
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
+from jax.sharding import Mesh
 
 from engram_jax.config import MoEConfig
+from engram_jax.core.mesh import platform
 from engram_jax.model.dispatch import experts_for
+from engram_jax.model.dispatch_parallel import routed_experts
 from engram_jax.model.ffn import FeedForward
+from engram_jax.model.routing import expert_load, route
+from engram_jax.model.sharding import expert_specs, spread
 
 
 class RouterBias(nnx.Variable):
   """The balancing bias [E] of a router: state that the step moves, never trained by gradient."""
-
-
-def route(
-  x_SD: jax.Array, w_router_DE: jax.Array, bias_E: jax.Array, top_k: int, scale: float
-) -> tuple[jax.Array, jax.Array]:
-  """Chooses K experts for each token, in float32 whatever the dtype of `x_SD`.
-
-  Returns:
-    experts_SK: int32 in [0, E), by falling score + bias.
-    weights_SK: float32, the chosen scores over their sum, times `scale`: a row sums to `scale`.
-      Differentiable through the scores; `bias_E` only chooses.
-  """
-  logits_SE = jnp.matmul(
-    x_SD.astype(jnp.float32), w_router_DE.astype(jnp.float32), precision=lax.Precision.HIGHEST
-  )
-  scores_SE = jax.nn.sigmoid(logits_SE)
-  experts_SK = lax.top_k(lax.stop_gradient(scores_SE + bias_E), top_k)[1]
-  chosen_SK = jnp.take_along_axis(scores_SE, experts_SK, axis=-1)
-  total_S1 = jnp.sum(chosen_SK, axis=-1, keepdims=True)
-  return experts_SK, chosen_SK / (total_S1 + 1e-20) * scale
-
-
-def expert_load(experts_SK: jax.Array, experts: int) -> jax.Array:
-  """Each expert's share of the assignments: float32 [E], sums to 1."""
-  return jnp.bincount(experts_SK.reshape(-1), length=experts) / jnp.float32(experts_SK.size)
 
 
 def updated_bias(bias_E: jax.Array, load_E: jax.Array, step_size: float) -> jax.Array:
@@ -80,21 +59,36 @@ class MoE(nnx.Module):
       else None
     )
 
-  def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """[B, T, D] -> ([B, T, D] of the same dtype, {"load": float32 [E], shares that sum to 1})."""
-    cfg, dtype = self.cfg, x_BTD.dtype
+  def __call__(
+    self, x_BTD: jax.Array, mesh: Mesh | None = None
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """[B, T, D] -> ([B, T, D] of the same dtype, {"load": float32 [E], shares that sum to 1}).
+
+    On a mesh B and the experts are divided over it (model/dispatch_parallel.py).
+    """
+    weights = tuple(
+      w[...].astype(x_BTD.dtype)
+      for w in (self.w_experts_gate, self.w_experts_up, self.w_experts_down)
+    )
+    if spread(mesh):
+      specs = expert_specs(weights, mesh)
+      y_BTD, load_E = routed_experts(
+        self.cfg, x_BTD, self.w_router[...], self.bias[...], weights, specs, mesh
+      )
+    else:
+      y_BTD, load_E = self._on_one_device(x_BTD, weights, platform(mesh))
+    if self.shared is not None:
+      with jax.named_scope("shared_experts"):
+        y_BTD = y_BTD + self.shared(x_BTD)
+    return y_BTD, {"load": load_E}
+
+  def _on_one_device(self, x_BTD, weights, platform: str) -> tuple[jax.Array, jax.Array]:
+    cfg = self.cfg
     x_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
     with jax.named_scope("router"):
       experts_SK, weights_SK = route(
         x_SD, self.w_router[...], self.bias[...], cfg.top_k, cfg.route_scale
       )
     with jax.named_scope("routed_experts"):
-      weights = (self.w_experts_gate, self.w_experts_up, self.w_experts_down)
-      y_SD = experts_for(cfg.dispatch)(
-        x_SD, experts_SK, weights_SK, *(w[...].astype(dtype) for w in weights)
-      )
-    y_BTD = y_SD.reshape(x_BTD.shape)
-    if self.shared is not None:
-      with jax.named_scope("shared_experts"):
-        y_BTD = y_BTD + self.shared(x_BTD)
-    return y_BTD, {"load": expert_load(experts_SK, cfg.routed_experts)}
+      y_SD = experts_for(cfg.dispatch, platform)(x_SD, experts_SK, weights_SK, *weights)
+    return y_SD.reshape(x_BTD.shape), expert_load(experts_SK, cfg.routed_experts)
