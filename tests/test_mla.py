@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from engram_jax.config import AttentionConfig, YarnConfig
+from engram_jax.model.attention_kernels import attention
 from engram_jax.model.mla import LatentAttention
 from engram_jax.model.norm import rms_norm
 from engram_jax.model.rope import frequencies, logit_factor, rotate

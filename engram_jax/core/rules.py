@@ -1,7 +1,7 @@
 """Shardings by rule: a parameter's path says which mesh axes divide it.
 
-A rule pairs a pattern of paths with one letter per array axis. The tables of rules belong to those
-who make the parameters (model/sharding.py).
+A rule pairs a pattern of paths with one word per array axis, whose letters are mesh axes. The
+tables of rules belong to those who make the parameters (model/sharding.py).
 """
 
 import re
@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-LETTERS = {"f": "fsdp", "t": "tensor", "e": "expert", ".": None}
+LETTERS = {"f": "fsdp", "t": "tensor", "e": "expert"}
+WHOLE = "."
 
 
 class Rule(NamedTuple):
   """How the parameters are divided whose path ends in keys that match `pattern`.
 
-  axes: one letter of LETTERS per array axis, "." for an axis that stays whole; empty where the
-  whole array does, and any number of axes will do.
+  axes: a word per array axis, of the LETTERS of the mesh axes that divide it, major first, or WHOLE
+  for an axis that none does: "e f ." Empty where the whole array stays together, and any number of
+  axes will do.
   """
 
   pattern: str
@@ -28,11 +30,12 @@ class Rule(NamedTuple):
 def shardings(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
   """The NamedSharding of each array (or ShapeDtypeStruct) of a tree; the first matching rule wins.
 
-  An axis whose size does not divide by its mesh axis stays whole, so odd sizes are no error.
+  A mesh axis that does not divide what is left of an array axis is passed over, so odd sizes are no
+  error.
 
   Raises:
     ValueError: an array that no rule names, one with another number of axes than its rule has
-      letters, or a rule that names a mesh axis twice.
+      words, or a rule that names a mesh axis twice.
   """
   for rule in rules:
     _check(rule)
@@ -68,18 +71,18 @@ def path_name(path: Any) -> str:
 
 
 def _check(rule: Rule) -> None:
-  unknown = set(rule.axes) - LETTERS.keys()
-  if unknown:
-    raise ValueError(
-      f"sharding rule {rule.pattern!r} has letter {min(unknown)!r} in {rule.axes!r}: "
-      f"the letters are {', '.join(LETTERS)}"
-    )
-  twice = [letter for letter in rule.axes if letter != "." and rule.axes.count(letter) > 1]
-  if twice:
-    raise ValueError(
-      f"sharding rule {rule.pattern!r} names mesh axis {LETTERS[twice[0]]!r} twice in "
-      f"{rule.axes!r}: one mesh axis can divide one axis of an array"
-    )
+  letters = [letter for word in rule.axes.split() for letter in word if word != WHOLE]
+  for letter in letters:
+    if letter not in LETTERS:
+      raise ValueError(
+        f"sharding rule {rule.pattern!r} has letter {letter!r} in {rule.axes!r}: "
+        f"the letters are {', '.join(LETTERS)}, and a word {WHOLE} by itself"
+      )
+    if letters.count(letter) > 1:
+      raise ValueError(
+        f"sharding rule {rule.pattern!r} names mesh axis {LETTERS[letter]!r} twice in "
+        f"{rule.axes!r}: a mesh axis can divide an array once"
+      )
 
 
 def _spec(name: str, shape: tuple[int, ...], rules: Sequence[Rule], mesh: Mesh) -> PartitionSpec:
@@ -88,11 +91,22 @@ def _spec(name: str, shape: tuple[int, ...], rules: Sequence[Rule], mesh: Mesh) 
     raise ValueError(
       f"no sharding rule names parameter {name!r} of shape {shape}: add one to its table of rules"
     )
-  if rule.axes and len(rule.axes) != len(shape):
+  words = rule.axes.split()
+  if words and len(words) != len(shape):
     raise ValueError(
       f"parameter {name!r} of shape {shape} has {len(shape)} axes, "
       f"but its sharding rule reads {rule.axes!r}"
     )
-  axes = [LETTERS[letter] for letter in rule.axes]
-  divides = lambda axis, size: axis is not None and size % mesh.shape[axis] == 0
-  return PartitionSpec(*(a if divides(a, n) else None for a, n in zip(axes, shape, strict=False)))
+  return PartitionSpec(
+    *(_dividing(word, size, mesh) for word, size in zip(words, shape, strict=False))
+  )
+
+
+def _dividing(word: str, size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
+  """The mesh axes of a word, those that divide the size."""
+  axes = []
+  for axis in () if word == WHOLE else map(LETTERS.get, word):
+    if size % mesh.shape[axis] == 0:
+      size //= mesh.shape[axis]
+      axes.append(axis)
+  return tuple(axes) if len(axes) > 1 else axes[0] if axes else None

@@ -74,9 +74,10 @@ def routed_experts(
 
 
 def _whole(w: jax.Array, spec: PartitionSpec) -> jax.Array:
-  if "fsdp" not in spec:
-    return w
-  return lax.all_gather(w, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True)
+  for axis, names in enumerate(spec):
+    if names == "fsdp" or (isinstance(names, tuple) and "fsdp" in names):
+      return lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+  return w
 
 
 class _Slots(NamedTuple):

@@ -16,7 +16,14 @@ from jax.sharding import Mesh
 from engram_jax.config import ModelConfig
 from engram_jax.model.block import Block
 from engram_jax.model.moe import RouterBias
-from engram_jax.model.sharding import cast, constrain_batch, constrain_stack, gather, spread
+from engram_jax.model.sharding import (
+  cast,
+  constrain_batch,
+  constrain_stack,
+  gather,
+  gathered,
+  spread,
+)
 
 Probes = dict[str, list[jax.Array]]
 
@@ -78,9 +85,9 @@ def _block(cfg: ModelConfig, graphdef: Any, segments_BT, positions_BT, mesh, sca
   return jax.checkpoint(call, policy=policy, prevent_cse=not scanned)
 
 
-def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
   # The backward pass gathers a layer's weights again; kept, they would be the whole model.
-  return primitive.name not in ("sharding_constraint", "all_gather")
+  return not gathered(primitive, params)
 
 
 def _runs(split: Sequence[tuple], rows_of: Mapping[int, jax.Array]) -> list[list[int]]:

@@ -19,13 +19,13 @@ B, T, V = 8, 6, 32
 CFG = ModelConfig(
   vocab_size=V,
   width=16,
-  layers=4,
+  layers=3,
   dtype="float32",
   attention=AttentionConfig(heads=2, latent=8, nope_dim=4, rope_dim=4, value_dim=4),
   moe=MoEConfig(routed_experts=8, top_k=2, expert_width=8, leading_dense_layers=1, dense_width=16),
   residual=ResidualConfig(branches=2, sinkhorn_iterations=2),
   engram=EngramConfig(
-    layers=(1,), max_ngram=2, heads=2, row_width=4, rows_per_head=50, conv_kernel=2
+    layers=(0,), max_ngram=2, heads=2, row_width=4, rows_per_head=50, conv_kernel=2
   ),
 )
 SPLITS = [
