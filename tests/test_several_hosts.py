@@ -1,0 +1,169 @@
+"""Several processes on loopback act as one: they meet, share a batch, stop, and save together."""
+
+import signal
+import socket
+import time
+
+import pytest
+from hosts import ended, free_port, spawn, together
+
+from engram_jax.config import DistributedConfig
+from engram_jax.core.distributed import Place, find_place
+from engram_jax.core.roll_call import roll_call
+from engram_jax.errors import ConfigError
+
+MEET = """
+def body():
+  from engram_jax.core.mesh import batch_sharding
+  from engram_jax.core.placement import process_rows, to_global
+  from engram_jax.errors import StorageError
+
+  mesh = make_mesh({"data": 4, "tensor": 2})
+  print(jax.process_count(), jax.device_count(), distributed.is_main())
+  print(distributed.on_main(lambda: {"pid": jax.process_index()}))
+  print(distributed.agree("disk full" if process == 1 else None), distributed.agree(None))
+
+  def fail():
+    raise StorageError(f"process {process} cannot")
+  try:
+    distributed.on_main(fail)
+  except StorageError as error:
+    print(error)
+
+  rows = process_rows(batch_sharding(mesh), 8)
+  whole = {"tokens": np.arange(8 * 3).reshape(8, 3), "row_ids": np.arange(48).reshape(2, 8, 3, 1)}
+  local = {"tokens": whole["tokens"][rows], "row_ids": whole["row_ids"][:, rows]}
+  batch = to_global(local, mesh, 8)
+  print(rows.tolist(), batch["tokens"].shape, batch["row_ids"].shape)
+  for name, array in batch.items():
+    for shard in array.addressable_shards:
+      np.testing.assert_array_equal(shard.data, whole[name][shard.index])
+  weights = jnp.arange(24).reshape(8, 3)
+  print(int(jax.jit(lambda b: (b["tokens"] * weights).sum())(batch)))
+
+  seen = jax.jit(jnp.max)
+  print([int(seen(distributed.stop_flags(mesh, flag))) for flag in (False, process == 1, False)])
+"""
+
+
+def test_processes_meet_and_share_a_batch():
+  first, second = together(MEET)
+  assert first[0] == "2 8 True"
+  assert second[0] == "2 8 False"
+  assert first[1] == second[1] == "{'pid': 0}"
+  assert first[2] == second[2] == "process 1: disk full None"
+  assert first[3] == second[3] == "process 0 cannot"
+  assert first[4].startswith("[0, 1, 2, 3] (8, 3) (2, 8, 3, 1)")
+  assert second[4].startswith("[4, 5, 6, 7] (8, 3) (2, 8, 3, 1)")
+  assert first[5] == second[5] == str(sum(i * i for i in range(24)))
+  assert first[6] == second[6] == "[0, 1, 0]"
+
+
+@pytest.mark.parametrize(
+  ("processes", "started", "missing"),
+  [
+    (3, [0, 2], "process 1 is missing of 3"),
+    (2, [1], "process 0 is missing of 2"),
+    (4, [0, 1], "2 processes, 2, 3, are missing of 4"),
+  ],
+)
+def test_a_missing_process_is_named_within_the_timeout(processes, started, missing):
+  begin = time.monotonic()
+  running = spawn("def body(): pass", processes=processes, started=started, timeout=4)
+  for result in ended(running):
+    assert result.code == 2
+    assert "error: distributed.coordinator='127.0.0.1:" in result.err
+    assert missing in result.err
+    assert "Traceback" not in result.err
+  assert time.monotonic() - begin < 30  # of which most is importing jax
+
+
+def test_numbers_that_do_not_fit_are_refused_in_every_process():
+  for result in ended(spawn("def body(): pass", processes=3, started=[0, 1, 1], timeout=20)):
+    assert result.code == 2
+    assert "two processes were started with distributed.process=1" in result.err
+
+
+STOP = """
+def body():
+  from engram_jax.core.signals import StopRequest
+
+  mesh = make_mesh()
+  step = jax.jit(lambda x, flags: (x + 1, flags.max()), donate_argnums=0)
+  x = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P()))
+  previous = None
+  with StopRequest() as stop:
+    print("ready", flush=True)
+    for count in range(1, 1_000_000):
+      x, stopping = step(x, distributed.stop_flags(mesh, stop.requested))
+      if previous is not None and int(previous):
+        break
+      previous = stopping
+  print(count, stop.signal_name)
+"""
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step():
+  running = spawn(STOP)
+  for process in running:
+    while process.stdout.readline() not in ("ready\n", ""):
+      pass
+  running[1].send_signal(signal.SIGTERM)
+  (first, name), (second, other) = (result.out[0].split() for result in ended(running))
+  assert first == second
+  assert (name, other) == ("None", "SIGTERM")
+
+
+def place(environment: dict[str, str], **fields: object) -> Place | None:
+  return find_place(DistributedConfig(**fields), environment)
+
+
+def test_where_the_processes_come_from():
+  variables = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1", "JAX_COORDINATOR_ADDRESS": "a:1"}
+  assert place({}) is None
+  assert place(variables) == Place("a:1", 2, 1)
+  assert place(variables, coordinator="b:2") == Place("b:2", 2, 1)
+  assert place(variables, coordinator="b:2", processes=4, process=3) == Place("b:2", 4, 3)
+
+
+def test_slurm_says_it(monkeypatch):
+  slurm = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[03-04]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+  }
+  for name, value in slurm.items():
+    monkeypatch.setenv(name, value)
+  assert place(slurm) == Place("node03:61447", 2, 1)
+  assert place(slurm, coordinator="node03:1234") == Place("node03:1234", 2, 1)
+
+
+@pytest.mark.parametrize(
+  ("environment", "fields", "says"),
+  [
+    ({"JAX_NUM_PROCESSES": "2"}, {}, "JAX_PROCESS_ID='' is no number"),
+    ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, {}, "JAX_PROCESS_ID=2 is outside"),
+    ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, {}, "set JAX_COORDINATOR_ADDRESS"),
+    ({}, {"coordinator": "a:1"}, r"'a:1' is given but not how many processes"),
+  ],
+)
+def test_half_of_an_answer_is_refused(environment, fields, says):
+  with pytest.raises(ConfigError, match=says):
+    place(environment, **fields)
+
+
+@pytest.mark.parametrize("address", ["", "host", "host:", ":80", "host:0", "host:http", "h:70000"])
+def test_an_address_is_a_host_and_a_port(address):
+  with pytest.raises(ConfigError, match="give HOST:PORT"):
+    roll_call(address, 2, 0, 1)
+
+
+def test_a_port_in_use_is_named():
+  port = free_port()
+  with (
+    socket.create_server(("", port)),
+    pytest.raises(ConfigError, match=f"process 0 cannot listen on port {port}"),
+  ):
+    roll_call(f"localhost:{port}", 2, 0, 1)
