@@ -167,3 +167,145 @@ def test_a_port_in_use_is_named():
     pytest.raises(ConfigError, match=f"process 0 cannot listen on port {port}"),
   ):
     roll_call(f"localhost:{port}", 2, 0, 1)
+
+
+STATE = """
+def state():
+  mesh = make_mesh({"data": 4, "tensor": 2})
+  rng = np.random.default_rng(0)
+  def make(shape, dtype, *spec):
+    value = rng.integers(0, 100, shape).astype(dtype)
+    return jax.make_array_from_callback(
+      shape, NamedSharding(mesh, P(*spec)), lambda index: value[index])
+  return {
+    "table": make((1024, 8), np.float32, mesh.axis_names),
+    "w": make((6, 8), jnp.bfloat16, None, "tensor"),
+    "step": make((), np.int32),
+  }
+
+def same(left, right):
+  return all(
+    np.array_equal(a.data, b.data) and a.index == b.index
+    for name in left
+    for a, b in zip(left[name].addressable_shards, right[name].addressable_shards, strict=True)
+  )
+"""
+
+SAVE = (
+  STATE
+  + """
+def body():
+  now = state()
+  step = jax.jit(lambda s: jax.tree.map(lambda x: x + x.dtype.type(1), s), donate_argnums=0)
+  with Checkpoints(arguments[0], keep=2) as checkpoints:
+    assert checkpoints.newest_valid(print) is None
+    for number in (1, 2, 3):
+      checkpoints.save(number, now, {"number": number})
+      now = step(now)
+    print(checkpoints.steps(), checkpoints.newest_valid(print), checkpoints.meta(3))
+    like = state()
+    print(same(checkpoints.restore(3, like), step(step(state()))))
+    try:
+      checkpoints.save(3, like, {})
+    except ValueError as error:
+      print(str(error)[-60:])
+    if processes > 1:
+      try:
+        checkpoints.save(4, {"x": jnp.zeros(3)}, {})
+      except ValueError as error:
+        print(error)
+"""
+)
+
+RESTORE = (
+  STATE
+  + """
+def body():
+  like = state()
+  advanced = jax.tree.map(lambda x: x + x.dtype.type(2), state())
+  with Checkpoints(arguments[0], keep=None) as checkpoints:
+    print(checkpoints.newest_valid(print))
+    restored = checkpoints.restore(3, like)
+    print(same(restored, advanced), restored["table"].sharding == like["table"].sharding)
+"""
+)
+
+
+@pytest.mark.parametrize(("writers", "readers"), [(2, 1), (1, 2), (2, 4)])
+def test_saved_by_some_processes_and_restored_by_others(tmp_path, writers, readers):
+  said = together(SAVE, tmp_path, processes=writers, devices=8 // writers)
+  assert len(said) == writers
+  for lines in said:
+    assert lines[0] == "[2, 3] 3 {'number': 3}"
+    assert lines[1] == "True"
+    assert lines[2].endswith("already holds a good checkpoint, which is never overwritten")
+    expected = "leaf x is on this process's devices alone: spread it over the mesh"
+    assert lines[3:] == ([expected] if writers > 1 else [])
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
+  for lines in together(RESTORE, tmp_path, processes=readers, devices=8 // readers):
+    assert lines == ["3", "True True"]
+
+
+TROUBLE = (
+  STATE
+  + """
+def body():
+  from engram_jax.core import manifest
+  from engram_jax.errors import StorageError
+
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+  def outcome(act):
+    try:
+      return act()
+    except StorageError as error:
+      return str(error)
+
+  now = state()
+  with Checkpoints(arguments[0], keep=2) as checkpoints:
+    checkpoints.save(1, now, {})
+    checkpoints.wait()
+    write, manifest.write = manifest.write, fail  # only process 0 calls it
+    checkpoints.save(2, now, {})
+    print(outcome(checkpoints.wait))
+    manifest.write = write
+    print(checkpoints.steps())
+    checkpoints.save(3, now, {})
+    checkpoints.wait()
+    if process == 0:
+      with open(checkpoints.directory / "step_00000003" / "state" / "_METADATA", "a") as file:
+        file.write("x")
+  with Checkpoints(arguments[0], keep=2) as checkpoints:
+    reports = []
+    print(checkpoints.newest_valid(reports.append), len(reports))
+    print(outcome(lambda: checkpoints.restore(3, now)))
+    print(same(checkpoints.restore(1, now), now))
+"""
+)
+
+
+def test_what_goes_wrong_in_process_0_is_raised_in_all(tmp_path):
+  first, second = together(TROUBLE, tmp_path)
+  assert "No space left" in first[0]
+  assert second[0] == f"process 0: {first[0]}"
+  assert first[1] == second[1] == "[1]"
+  assert (first[2], second[2]) == ("1 1", "1 0")
+  assert first[3] == second[3]
+  assert "step 3 cannot be used" in first[3]
+  assert first[4] == second[4] == "True"
+
+
+def test_an_error_of_one_process_ends_all(tmp_path):
+  body = """
+def body():
+  with Checkpoints(arguments[0], keep=2) as checkpoints:
+    if process == 1:
+      raise ValueError("only here")
+    checkpoints.steps()
+"""
+  begin = time.monotonic()
+  first, second = ended(spawn(body, [tmp_path], timeout=10))
+  assert "only here" in second.err
+  assert first.code != 0
+  assert second.code != 0
+  assert time.monotonic() - begin < 60
