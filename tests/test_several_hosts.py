@@ -309,3 +309,29 @@ def body():
   assert first.code != 0
   assert second.code != 0
   assert time.monotonic() - begin < 60
+
+
+RUN = """
+def body():
+  from engram_jax.config import load_config
+  from engram_jax.core.metrics import MetricsWriter
+  from engram_jax.core.run_directory import RunDirectory, check_config
+  from engram_jax.errors import ConfigError
+
+  cfg = load_config(None, {"run.root": arguments[0]})
+  known = check_config(cfg)
+  with RunDirectory(cfg, "{}") as run, MetricsWriter(run.path, True, None) as metrics:
+    metrics.write(1, {"loss": 1.0})
+    metrics.text(1, "sample", "x")
+  other = load_config(None, {"run.root": arguments[0], "train.seed": 1})
+  try:
+    check_config(other)
+  except ConfigError as error:
+    print(known, check_config(cfg), "train.seed: 0 there, 1 now" in str(error))
+"""
+
+
+def test_process_0_alone_writes_the_run_folder(tmp_path):
+  assert together(RUN, tmp_path) == [["False True True"]] * 2
+  assert (tmp_path / "tiny" / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
+  assert len(list((tmp_path / "tiny" / "tensorboard").iterdir())) == 1

@@ -38,7 +38,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from engram_jax.core import manifest
-from engram_jax.core.distributed import agree, is_main, on_main
+from engram_jax.core.distributed import agree, is_main, on_main, several
 from engram_jax.errors import StorageError
 
 PyTree = Any
@@ -89,7 +89,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    if kind is not None and jax.process_count() > 1:
+    if kind is not None and several():
       self._stop()  # the others may be elsewhere: nobody to agree with
     else:
       self.close()
@@ -198,7 +198,7 @@ class Checkpoints:
     self.wait()
     tree = on_main(lambda: self._sound_tree(step))
     folder, wanted = self._folder(step), _leaves_by_path(like)
-    kept = {path for path in wanted if keep_missing and path not in tree}
+    kept = [path for path in wanted if keep_missing and path not in tree]
     for path in kept:
       _require_array(path, wanted[path])
     read = {path: leaf for path, leaf in wanted.items() if path not in kept}
@@ -355,7 +355,7 @@ def _require_array(path: str, leaf: Any) -> None:
   if leaf.weak_type:
     # Restored it would be strong, and the resumed run's arithmetic would promote differently.
     raise ValueError(f"leaf {path} is weakly typed: make it with an explicit dtype")
-  if jax.process_count() > 1 and leaf.is_fully_addressable:
+  if several() and leaf.is_fully_addressable:
     # Each process has one of its own, and nothing says that they are equal.
     raise ValueError(f"leaf {path} is on this process's devices alone: spread it over the mesh")
 

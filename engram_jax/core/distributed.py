@@ -120,14 +120,19 @@ def _from_cluster(
   return None
 
 
+def several() -> bool:
+  """Whether there are other processes; touches no device where `start` found none."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def is_main() -> bool:
   """Whether this is process 0, the one that writes and speaks."""
-  return jax.process_index() == 0
+  return not several() or jax.process_index() == 0
 
 
 def agree(problem: str | None) -> str | None:
   """The first process's problem in all of them, None where none has one; all call it together."""
-  if jax.process_count() == 1:
+  if not several():
     return problem
   for process, said in enumerate(_gather((problem or "").encode())):
     if said:
@@ -141,7 +146,7 @@ def on_main(act: Callable[[], Any]) -> Any:
   A ConfigError, DataError, StorageError or ValueError of process 0 is raised in every process, and
   any other exception in process 0 while the others get a RuntimeError.
   """
-  if jax.process_count() == 1:
+  if not several():
     return act()
   outcome, raised = {}, None
   if is_main():
