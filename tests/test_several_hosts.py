@@ -231,7 +231,9 @@ def body():
 )
 
 
-@pytest.mark.parametrize(("writers", "readers"), [(2, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize(
+  ("writers", "readers"), [(2, 1), (1, 2), pytest.param(2, 4, marks=pytest.mark.slow)]
+)
 def test_saved_by_some_processes_and_restored_by_others(tmp_path, writers, readers):
   said = together(SAVE, tmp_path, processes=writers, devices=8 // writers)
   assert len(said) == writers
@@ -295,6 +297,7 @@ def test_what_goes_wrong_in_process_0_is_raised_in_all(tmp_path):
   assert first[4] == second[4] == "True"
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_all(tmp_path):
   body = """
 def body():
