@@ -206,6 +206,24 @@ def test_workers_change_nothing(data):
       assert all(type(array) is np.ndarray for array in batch.values())
 
 
+@pytest.mark.parametrize("shares", [[slice(0, 2), slice(2, 4)], [[0, 3], [1], [2]], [[2, 0, 1, 3]]])
+def test_shares_of_a_batch_are_its_rows(data, shares):
+  pipeline = data.training_pipeline()
+  for rows in (rows if isinstance(rows, slice) else np.array(rows) for rows in shares):
+    with contextlib.closing(pipeline.iterate(5, rows)) as batches:
+      for step in (5, 6):
+        whole, part = pipeline.batch_at(step), next(batches)
+        expected = {k: x[:, rows] if k == "row_ids" else x[rows] for k, x in whole.items()}
+        assert_equal(part, expected)
+        assert_equal(pipeline.batch_at(step, rows), expected)
+
+
+def test_workers_make_shares_too(data):
+  windows, rows = data.training_pipeline().windows, np.array([1, 3])
+  with contextlib.closing(Pipeline(windows, 4, 0, workers=1).iterate(7, rows)) as batches:
+    assert_equal(next(batches), Pipeline(windows, 4, 0).batch_at(7, rows))
+
+
 def test_closing_leaves_no_thread(data):
   before = set(threading.enumerate())
   batches = data.training_pipeline().iterate()
@@ -241,6 +259,36 @@ def test_a_second_start_reads_the_cache_alone(data, folder, monkeypatch):
   assert_equal(again.training_pipeline().batch_at(0), data.training_pipeline().batch_at(0))
   corpora = list((folder.parent / "cache" / "corpora").iterdir())
   assert not [path for path in corpora if path.name.startswith(".part-")]
+
+
+COLD = """
+import sys, time
+from engram_jax.config import load_config
+from engram_jax.data.pipeline import prepare
+
+cfg = load_config(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+data = prepare(cfg, log=lambda line: None)
+print(data.tokenizer_digest, data.training.digest, data.compressor.digest, data.training.path)
+"""
+
+
+def test_processes_that_fill_one_cache_at_once_get_the_same_data(folder, tmp_path):
+  cfg = config(folder, **{"data.cache": str(tmp_path / "cache")})
+  (tmp_path / "c.yaml").write_text(cfg.to_yaml())
+  command = [sys.executable, "-c", COLD, str(tmp_path / "c.yaml")]
+  pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+  root = pathlib.Path(data_pipeline.__file__).parents[2]
+  processes = [subprocess.Popen(command, **pipes, cwd=root) for _ in range(3)]
+  assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
+  for process in processes:
+    process.stdin.write("\n")
+    process.stdin.flush()
+  said = [process.communicate()[0] for process in processes]
+  assert len(set(said)) == 1
+  assert [process.returncode for process in processes] == [0] * 3
+  assert not [path for path in (tmp_path / "cache").rglob("*") if ".part-" in path.name]
 
 
 def test_the_order_of_files_and_lines_plays_no_part(data, folder, tmp_path):

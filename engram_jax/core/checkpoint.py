@@ -12,7 +12,13 @@ array) and `manifest.json` (engram_jax.core.manifest). It is written under anoth
 order: arrays, Orbax's commit, the manifest, and last the rename to its own name; only then are
 older ones deleted, and they are renamed first. So whenever the process dies, a folder with a step's
 name is complete, and what is not is told by its name and removed when the folder is next opened for
-writing. One process at a time writes (the caller sees to it); several hosts are refused.
+writing.
+
+With several processes (engram_jax.core.distributed) the folder is one that all of them see, and all
+call every method, in the same order and from their main threads. Each writes and reads the shards
+on its own devices, in chunks, so none ever holds a whole table; process 0 alone makes folders and
+manifests, verifies and deletes; what goes wrong in one is raised in all. Two jobs never write to
+one folder at once: the caller sees to it.
 """
 
 import concurrent.futures
@@ -23,7 +29,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +38,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from engram_jax.core import manifest
+from engram_jax.core.distributed import agree, is_main, on_main, several
 from engram_jax.errors import StorageError
 
 PyTree = Any
@@ -41,6 +48,8 @@ UNFINISHED = ".unfinished"  # being written
 REMOVED = ".removed"  # being deleted
 _COMMITTED = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(rf"step_\d{{8,}}({UNFINISHED}|{REMOVED})".replace(".", r"\."))
+_CHUNK_BYTES = 64 << 20  # what is read at once: a table saved on one device is restored on many
+_PATIENCE_SECONDS = 600  # for the other processes' writes
 _LIBRARIES = ("engram_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -56,32 +65,34 @@ class Checkpoints:
 
     Raises:
       ValueError: keep is below 1.
-      StorageError: the folder cannot be written, or JAX runs in several processes.
+      StorageError: the folder cannot be written, or one of the processes does not see it.
     """
     if keep is not None and keep < 1:
       raise ValueError(f"keep={keep} must be at least 1: the newest checkpoint always stays")
-    if jax.process_count() > 1:
-      raise StorageError(
-        f"{directory}: checkpoints are written by 1 process, and there are {jax.process_count()}"
-      )
     self.directory = pathlib.Path(directory).absolute()
     self._keep = keep
     self._sound: set[int] = set()  # steps whose files were seen to match their manifest
     self._damaged: set[int] = set()
     if keep is not None:
-      with _as_storage_error(self.directory, "cannot be written"):
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
+      on_main(self._make_directory)
+      if problem := agree(None if self.directory.is_dir() else f"does not see {self.directory}"):
+        raise StorageError(f"{problem}: run.root must be a folder that all processes share")
     # Float weights do not compress; trying costs more than all the rest of a save.
-    self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+    self._orbax = ocp.AsyncCheckpointer(
+      ocp.PyTreeCheckpointHandler(use_compression=False),
+      async_options=ocp.options.AsyncOptions(timeout_secs=_PATIENCE_SECONDS),
+    )
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._pending: concurrent.futures.Future[None] | None = None
 
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *_: object) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    if kind is not None and several():
+      self._stop()  # the others may be elsewhere: nobody to agree with
+    else:
+      self.close()
 
   def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
     """Starts writing a checkpoint; the arrays may be donated or overwritten once this returns.
@@ -104,37 +115,49 @@ class Checkpoints:
     for path, leaf in leaves.items():
       _require_array(path, leaf)
     meta = json.loads(json.dumps(meta, allow_nan=False))  # as it is now: the caller's may change
-    folder = self._folder(step)
-    if folder.exists() and self._problem(step) is None:
-      raise ValueError(f"{folder} already holds a good checkpoint, which is never overwritten")
+    on_main(lambda: self._prepare(step))
     arrays = _own_copies({path: leaf for path, leaf in leaves.items() if leaf.size})
-    unfinished = folder.with_name(folder.name + UNFINISHED)
+    unfinished = self._unfinished(step)
+    chunked = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
     with _as_storage_error(unfinished, "cannot be written"):
-      shutil.rmtree(unfinished, ignore_errors=True)  # of a save that failed
-      unfinished.mkdir()
-      self._orbax.save(unfinished / STATE, args=ocp.args.PyTreeSave(arrays))
+      self._orbax.save(
+        unfinished / STATE,
+        args=ocp.args.PyTreeSave(arrays, save_args=dict.fromkeys(arrays, chunked)),
+      )
     tree = {path: _signature(leaf) for path, leaf in leaves.items()}
     self._pending = self._thread.submit(self._commit, step, tree, meta)
 
   def wait(self) -> None:
-    """Returns once the last save is on the disk; StorageError if it failed."""
-    if self._pending is not None:
-      concurrent.futures.wait([self._pending])  # an interrupt here leaves it pending
-      pending, self._pending = self._pending, None
-      pending.result()
+    """Returns once the last save is on the disk; StorageError if it failed, in any process."""
+    if self._pending is None:
+      return
+    failed = self._own_failure()
+    problem = agree(None if failed is None else str(failed))
+    if failed is not None:
+      raise failed
+    if problem:
+      raise StorageError(problem)
+
+  def _own_failure(self) -> Exception | None:
+    concurrent.futures.wait([self._pending])  # an interrupt here leaves it pending
+    pending, self._pending = self._pending, None
+    return pending.exception()
 
   def steps(self) -> list[int]:
     """The steps that have a checkpoint, rising: the last save's too, and damaged ones'."""
     self.wait()
-    return self._steps()
+    return on_main(self._steps)
 
   def newest_valid(self, report: Callable[[str], None]) -> int | None:
     """The newest step whose files all match its manifest; None if there is none.
 
     Every newer one that is damaged is reported in one line and stays where it is, until the run
-    saves that step again or newer checkpoints take its place.
+    saves that step again or newer checkpoints take its place. Process 0 verifies and reports.
     """
     self.wait()
+    return on_main(lambda: self._newest_valid(report))
+
+  def _newest_valid(self, report: Callable[[str], None]) -> int | None:
     for step in reversed(self._steps()):
       problem = self._problem(step)
       if problem is None:
@@ -145,9 +168,17 @@ class Checkpoints:
   def meta(self, step: int) -> dict[str, Any]:
     """What was given as `meta` when the step was saved; StorageError if its manifest is damaged."""
     self.wait()
-    return manifest.read(self._folder(step))["meta"]
+    return on_main(lambda: manifest.read(self._folder(step))["meta"])
 
-  def restore(self, step: int, like: PyTree, *, partial: bool = False) -> PyTree:
+  def restore(
+    self,
+    step: int,
+    like: PyTree,
+    *,
+    partial: bool = False,
+    keep_missing: bool = False,
+    rows: Mapping[str, int] | None = None,
+  ) -> PyTree:
     """The state of a step, bit for bit, in the form and on the devices of `like`.
 
     Args:
@@ -156,16 +187,23 @@ class Checkpoints:
         A leaf that is committed to devices is restored with its sharding, which may differ from
         the one it was saved with; any other goes to the default device, uncommitted.
       partial: leave out what the checkpoint has and `like` has not, such as optimizer moments.
+      keep_missing: return the arrays of `like` itself where the checkpoint has no such leaf, for a
+        memory added to a model that was trained without; `missing` names them.
+      rows: {path: R} for tables and what goes with them, such as {"tables/0": 1234}: leaves at or
+        below the path may have another leading size than was saved, as the number of devices asks,
+        as long as it holds the first R. Those are restored; zeros fill up what follows.
 
     Raises StorageError if the files are damaged or a path, shape or dtype differs.
     """
     self.wait()
-    if step not in self._sound and (problem := self._problem(step)):
-      raise StorageError(f"checkpoint of step {step} cannot be used: {problem}")
-    folder = self._folder(step)
-    wanted = _leaves_by_path(like)
-    _require_same_tree(folder, manifest.read(folder)["tree"], wanted, partial)
-    stored = {path: leaf for path, leaf in wanted.items() if leaf.size}
+    tree = on_main(lambda: self._sound_tree(step))
+    folder, wanted = self._folder(step), _leaves_by_path(like)
+    kept = [path for path in wanted if keep_missing and path not in tree]
+    for path in kept:
+      _require_array(path, wanted[path])
+    read = {path: leaf for path, leaf in wanted.items() if path not in kept}
+    _require_same_tree(folder, tree, read, partial, rows or {})
+    stored = {path: leaf for path, leaf in read.items() if leaf.size}
     with _as_storage_error(folder, "cannot be read"):
       arrays = self._orbax.restore(
         folder / STATE,
@@ -175,16 +213,49 @@ class Checkpoints:
           partial_restore=True,
         ),
       )
-    leaves = [_placed(arrays.get(path), leaf) for path, leaf in wanted.items()]
+    leaves = [
+      leaf if path in kept else _placed(arrays.get(path), leaf) for path, leaf in wanted.items()
+    ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+  def missing(self, step: int, like: PyTree) -> list[str]:
+    """The paths of `like` that the checkpoint of a step does not have, in the tree's order."""
+    self.wait()
+    tree = on_main(lambda: manifest.read(self._folder(step))["tree"])
+    return [path for path in _leaves_by_path(like) if path not in tree]
 
   def close(self) -> None:
     """Finishes the last save and stops the threads; StorageError if that save failed."""
     try:
       self.wait()
     finally:
-      self._thread.shutdown()
-      self._orbax.close()
+      self._stop()
+
+  def _stop(self) -> None:
+    self._thread.shutdown()
+    self._orbax.close()
+
+  def _make_directory(self) -> None:
+    with _as_storage_error(self.directory, "cannot be written"):
+      self.directory.mkdir(parents=True, exist_ok=True)
+      self._remove_leftovers()
+
+  def _prepare(self, step: int) -> None:
+    folder, unfinished = self._folder(step), self._unfinished(step)
+    if folder.exists() and self._problem(step) is None:
+      raise ValueError(f"{folder} already holds a good checkpoint, which is never overwritten")
+    with _as_storage_error(unfinished, "cannot be written"):
+      shutil.rmtree(unfinished, ignore_errors=True)  # of a save that failed
+      unfinished.mkdir()
+
+  def _sound_tree(self, step: int) -> dict[str, str]:
+    if step not in self._sound and (problem := self._problem(step)):
+      raise StorageError(f"checkpoint of step {step} cannot be used: {problem}")
+    return manifest.read(self._folder(step))["tree"]
+
+  def _unfinished(self, step: int) -> pathlib.Path:
+    folder = self._folder(step)
+    return folder.with_name(folder.name + UNFINISHED)
 
   def _folder(self, step: int) -> pathlib.Path:
     return self.directory / f"step_{step:08d}"
@@ -208,22 +279,30 @@ class Checkpoints:
     (self._damaged if sound else self._sound).discard(step)
 
   def _commit(self, step: int, tree: dict[str, str], meta: dict[str, Any]) -> None:
-    """What happens after the arrays were copied; runs in the background."""
-    folder = self._folder(step)
-    unfinished = folder.with_name(folder.name + UNFINISHED)
-    with _as_storage_error(folder, "cannot be written"):
+    """What happens after the arrays were copied; runs in the background.
+
+    Here processes wait for one another only through Orbax, whose barriers are no collectives: those
+    of the step that is running meanwhile come in the same order everywhere.
+    """
+    with _as_storage_error(self._folder(step), "cannot be written"):
       try:
-        self._orbax.wait_until_finished()
-        content = manifest.build(unfinished, step=step, tree=tree, meta=meta, versions=_versions())
-        manifest.write(unfinished, content)
-        self._remove(step)  # a damaged checkpoint of the same step
-        unfinished.rename(folder)
+        self._orbax.wait_until_finished()  # by every process
+        if is_main():
+          self._publish(step, tree, meta)
       except Exception:
-        shutil.rmtree(unfinished, ignore_errors=True)  # a full disk needs the room
+        if is_main():
+          shutil.rmtree(self._unfinished(step), ignore_errors=True)  # a full disk needs the room
         raise
-      manifest.sync_directory(self.directory)
-      self._mark(step, sound=True)
-      self._remove_older(step)
+
+  def _publish(self, step: int, tree: dict[str, str], meta: dict[str, Any]) -> None:
+    folder, unfinished = self._folder(step), self._unfinished(step)
+    content = manifest.build(unfinished, step=step, tree=tree, meta=meta, versions=_versions())
+    manifest.write(unfinished, content)
+    self._remove(step)  # a damaged checkpoint of the same step
+    unfinished.rename(folder)
+    manifest.sync_directory(self.directory)
+    self._mark(step, sound=True)
+    self._remove_older(step)
 
   def _remove_older(self, newest: int) -> None:
     older = [step for step in self._steps() if step < newest]
@@ -276,6 +355,9 @@ def _require_array(path: str, leaf: Any) -> None:
   if leaf.weak_type:
     # Restored it would be strong, and the resumed run's arithmetic would promote differently.
     raise ValueError(f"leaf {path} is weakly typed: make it with an explicit dtype")
+  if several() and leaf.is_fully_addressable:
+    # Each process has one of its own, and nothing says that they are equal.
+    raise ValueError(f"leaf {path} is on this process's devices alone: spread it over the mesh")
 
 
 def _own_copies(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -301,7 +383,11 @@ def _signature(leaf: Any) -> str:
 
 
 def _require_same_tree(
-  folder: pathlib.Path, saved: dict[str, str], wanted: dict[str, Any], partial: bool
+  folder: pathlib.Path,
+  saved: dict[str, str],
+  wanted: dict[str, Any],
+  partial: bool,
+  rows: Mapping[str, int],
 ) -> None:
   """Refuses what Orbax would cast, cut or leave out without a word."""
   here = {path: _signature(leaf) for path, leaf in wanted.items()}
@@ -311,11 +397,27 @@ def _require_same_tree(
       problems.append(f"leaf {path} is not in the checkpoint, {here[path]} in the state")
     elif path not in here and not partial:
       problems.append(f"leaf {path} is {saved[path]} in the checkpoint, not in the state")
-    elif path in here and here[path] != saved[path]:
+    elif path in here and not _fits(saved[path], here[path], _rows_of(path, rows)):
       problems.append(f"leaf {path} is {saved[path]} in the checkpoint, {here[path]} in the state")
   if problems:
     more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
     raise StorageError(f"{folder} does not fit this state: {'; '.join(problems[:3])}{more}")
+
+
+def _rows_of(path: str, rows: Mapping[str, int]) -> int | None:
+  above = (count for prefix, count in rows.items() if f"{path}/".startswith(f"{prefix}/"))
+  return next(above, None)
+
+
+def _fits(saved: str, here: str, rows: int | None) -> bool:
+  """Whether signatures are equal, apart from leading sizes that both hold `rows`."""
+  if saved == here or rows is None:
+    return saved == here
+  pattern = re.compile(r"(\w+)\[(\d+)(.*)\]")
+  left, right = pattern.fullmatch(saved), pattern.fullmatch(here)
+  if left is None or right is None:  # a scalar
+    return False
+  return left.group(1, 3) == right.group(1, 3) and min(int(left[2]), int(right[2])) >= rows
 
 
 def _committed(like: Any) -> bool:
@@ -326,7 +428,11 @@ def _restore_args(like: Any) -> ocp.RestoreArgs:
   if not _committed(like):
     return ocp.RestoreArgs(restore_type=np.ndarray, dtype=like.dtype)
   return ocp.ArrayRestoreArgs(
-    restore_type=jax.Array, dtype=like.dtype, sharding=like.sharding, global_shape=like.shape
+    restore_type=jax.Array,
+    dtype=like.dtype,
+    sharding=like.sharding,
+    global_shape=like.shape,
+    strict=False,  # other shapes than the saved were refused, but for rows that fill up
   )
 
 
@@ -335,6 +441,9 @@ def _placed(array: Any, like: Any) -> jax.Array:
     array = np.zeros(like.shape, like.dtype)
   if isinstance(array, jax.Array):
     return array
+  if array.shape != like.shape:
+    more = max(0, like.shape[0] - array.shape[0])
+    array = np.pad(array[: like.shape[0]], [(0, more)] + [(0, 0)] * (array.ndim - 1))
   return jax.device_put(array, like.sharding if _committed(like) else None)
 
 

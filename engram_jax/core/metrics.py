@@ -6,6 +6,7 @@ import os
 import pathlib
 from typing import Any
 
+from engram_jax.core.distributed import on_main
 from engram_jax.errors import StorageError
 
 NAME = "metrics.jsonl"
@@ -16,6 +17,8 @@ class MetricsWriter:
 
   A line is `{"step": 100, "loss": 4.2, ...}`. JSON has no NaN or infinity: such a value is written
   as null and named, `{"step": 100, "loss": null, "nonfinite": {"loss": "nan"}}`.
+
+  With several processes all call what is here and process 0 alone writes.
   """
 
   def __init__(self, directory: str | os.PathLike, tensorboard: bool, resume_step: int | None):
@@ -30,6 +33,10 @@ class MetricsWriter:
     Raises StorageError if the files cannot be read or written.
     """
     self._path = pathlib.Path(directory) / NAME
+    self._file = self._board = None
+    on_main(lambda: self._open(tensorboard, resume_step))
+
+  def _open(self, tensorboard: bool, resume_step: int | None) -> None:
     try:
       self._path.parent.mkdir(parents=True, exist_ok=True)
       _keep_until(self._path, resume_step)
@@ -54,6 +61,8 @@ class MetricsWriter:
     Raises TypeError for anything else, StorageError if the file cannot be written.
     """
     numbers = {name: _number(name, value) for name, value in values.items()}
+    if self._file is None:
+      return
     finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
     line = {"step": int(step)} | {name: finite.get(name) for name in numbers}
     if len(finite) < len(numbers):
@@ -73,7 +82,8 @@ class MetricsWriter:
       self._board.add_text(name, text, step)
 
   def close(self) -> None:
-    self._file.close()
+    if self._file is not None:
+      self._file.close()
     if self._board is not None:
       self._board.close()
 

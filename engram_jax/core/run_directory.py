@@ -1,6 +1,10 @@
 """A run's folder: config.yaml, tokenizer.json, metrics.jsonl, checkpoints/, tensorboard/.
 
 A folder belongs to one resolved config for good: the same config resumes it, another is refused.
+Apart from where and on how many devices it runs: these may change from one start to the next.
+
+With several processes all call what is here; process 0 alone reads, writes and locks, and what it
+finds, or finds wrong, is everybody's.
 """
 
 import fcntl
@@ -9,6 +13,7 @@ import pathlib
 from typing import Any
 
 from engram_jax.config import Config, load_config
+from engram_jax.core.distributed import is_main, on_main
 from engram_jax.errors import ConfigError, StorageError
 
 CONFIG = "config.yaml"
@@ -25,6 +30,10 @@ def check_config(cfg: Config) -> bool:
 
   Reads only: a refused command has written nothing.
   """
+  return on_main(lambda: _check_config(cfg))
+
+
+def _check_config(cfg: Config) -> bool:
   directory = cfg.run.directory
   saved = directory / CONFIG
   if not saved.exists():
@@ -46,10 +55,13 @@ def check_config(cfg: Config) -> bool:
 
 
 class RunDirectory:
-  """The folder of one running process, locked against a second one; a context manager."""
+  """The folder of one running job, locked against a second one; a context manager."""
 
   def __init__(self, cfg: Config, tokenizer_json: str):
     self.path = cfg.run.directory
+    on_main(lambda: self._open(cfg, tokenizer_json))
+
+  def _open(self, cfg: Config, tokenizer_json: str) -> None:
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._lock = open(self.path / _LOCK, "w")  # noqa: SIM115 (held until __exit__)
@@ -72,7 +84,8 @@ class RunDirectory:
     return self
 
   def __exit__(self, *_: Any) -> None:
-    self._lock.close()
+    if is_main():
+      self._lock.close()
 
 
 def open_run(directory: str | pathlib.Path) -> Config:
@@ -101,9 +114,27 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-# Where a run lies and how many threads feed it change nothing in what it computes.
-_FREE = ("run.root", "run.tensorboard", "data.threads", "data.workers", "data.cache")
+# Where a run lies, what feeds it, over which devices it is spread and by which programs it is
+# computed change nothing in what its numbers mean. A name ending in a dot is all below it.
+_FREE = (
+  "run.root",
+  "run.tensorboard",
+  "data.threads",
+  "data.workers",
+  "data.cache",
+  "mesh.",
+  "distributed.",
+  "model.attention.kernel",
+  "model.scan_layers",
+  "model.remat",
+  "model.moe.dispatch",
+  "model.engram.exchange_capacity",
+)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-  return [(k, old[k], new[k]) for k in old if k not in _FREE and old[k] != new[k]]
+  return [(k, old[k], new[k]) for k in old if not _free(k) and old[k] != new[k]]
+
+
+def _free(key: str) -> bool:
+  return any(key.startswith(name) if name.endswith(".") else key == name for name in _FREE)

@@ -5,12 +5,12 @@
       for batch in batches: ...
 
 A batch is a function of (config, step) alone: resuming at a step repeats nothing and skips
-nothing, and neither threads nor worker processes change what comes. grain is imported where it is
-used, because it brings jax with it and worker processes here need NumPy only.
+nothing, and neither threads nor worker processes change what comes, nor how many processes share
+its rows among them. grain is imported where it is used, because it brings jax with it and worker
+processes here need NumPy only.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import multiprocessing
@@ -29,7 +29,7 @@ from engram_jax.data import sources, tokenizer
 from engram_jax.data.corpus import FORMAT, Corpus, open_or_build
 from engram_jax.data.download import Log, cache_dir
 from engram_jax.data.split import Hashed, training_texts, unique
-from engram_jax.data.windows import Batch, RowIds, Windows
+from engram_jax.data.windows import Batch, RowIds, Share, Windows
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.memory.compress import TokenCompressor, tokenizer_digest
 from engram_jax.memory.dialects import HashLayout
@@ -56,12 +56,18 @@ class Pipeline:
       return len(self.windows) // self.batch_size
     return -(-self.windows.with_tail // self.batch_size)
 
-  def batch_at(self, step: int) -> Batch:
-    """The batch of a step, made here and now; see `Windows.__call__` for what it holds."""
-    return self._dataset[step]
+  def batch_at(self, step: int, rows: np.ndarray | slice | None = None) -> Batch:
+    """The batch of a step, made here and now; see `Windows.__call__` for what it holds.
 
-  def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+    rows: which rows of it to make, in this order; all of them if left out. Whoever makes a row, it
+    is the same: a process asks for those that lie on its devices (core.placement.process_rows).
+    """
+    return self._dataset(rows)[step]
+
+  def iterate(self, start_step: int = 0, rows: np.ndarray | slice | None = None) -> Iterator[Batch]:
     """The batches from `start_step` on, made ahead of time by threads or worker processes.
+
+    rows: as in `batch_at`.
 
     Close it (`contextlib.closing`) to stop them. Worker processes import the main module anew, so
     a script that uses them keeps its start under `if __name__ == "__main__"`.
@@ -69,7 +75,7 @@ class Pipeline:
     import grain
 
     ahead = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
-    dataset = self._dataset.slice(slice(start_step, None)).to_iter_dataset(ahead)
+    dataset = self._dataset(rows).slice(slice(start_step, None)).to_iter_dataset(ahead)
     if self.workers:
       from absl import flags
 
@@ -85,8 +91,7 @@ class Pipeline:
     finally:
       batches.close()
 
-  @functools.cached_property
-  def _dataset(self) -> Any:
+  def _dataset(self, rows: np.ndarray | slice | None) -> Any:
     """A grain MapDataset of batches over window indices."""
     import grain
 
@@ -96,7 +101,8 @@ class Pipeline:
       # Grain adds the epoch to shuffle's own seed, so seeds given to it directly would share
       # orders (seed 0's second epoch is seed 1's first); `.seed` mixes them apart.
       order = grain.MapDataset.range(len(self.windows)).seed(self.seed).shuffle().repeat()
-    return order.batch(self.batch_size, drop_remainder=True).map(self.windows)
+    make = self.windows if rows is None else Share(self.windows, rows)
+    return order.batch(self.batch_size, drop_remainder=True).map(make)
 
 
 def _start_worker(index: int, count: int) -> None:

@@ -85,3 +85,14 @@ class Windows:
     if self.row_ids is not None:
       batch["row_ids"] = self.row_ids(batch["tokens"], batch["segments"])
     return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """Called with the windows of a whole batch, it makes only some of the batch's rows."""
+
+  windows: Windows
+  rows: np.ndarray | slice
+
+  def __call__(self, windows_B: np.ndarray) -> Batch:
+    return self.windows(np.asarray(windows_B)[self.rows])
