@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from engram_jax.core.hlo_cost import Rates
 from engram_jax.errors import ConfigError
 
 GiB = 2**30
@@ -30,18 +31,27 @@ class Generation(NamedTuple):
   """Of one device, as the compiler lets a program use it (a little is kept back)."""
   peak_flops: float
   """bf16 FLOP/s of one device, as published."""
+  rates: Rates
+  """Behind the compiler's `optimal_seconds`: of one matrix product of 8,192 x 8,192, and of adding
+  one to such an array."""
   shapes: tuple[str, ...]
   """In chips: the slices that can be had. The compiler takes others too."""
   devices_per_chip: int = 1
   options: Mapping[str, Any] = {}
 
 
+MEGACORE = {"chip_config_name": "megacore"}  # one device a chip, as JAX has it on a v4
+SHAPES_V5P = (*SHAPES_3D, "8x16x16", "16x16x16", "16x16x24")
 GENERATIONS = {
-  "v4": Generation(int(30.75 * GiB), 275e12, SHAPES_3D, options={"chip_config_name": "megacore"}),
-  "v5e": Generation(int(15.75 * GiB), 197e12, SHAPES_2D),
-  "v5p": Generation(int(95.73 * GiB), 459e12, (*SHAPES_3D, "8x16x16", "16x16x16", "16x16x24")),
-  "v6e": Generation(int(31.24 * GiB), 918e12, SHAPES_2D),
-  "tpu7x": Generation(int(94.74 * GiB), 1153.5e12, SHAPES_3D, devices_per_chip=2),
+  "v4": Generation(
+    int(30.75 * GiB), 275e12, Rates(241.2e12, 0.9825e12), SHAPES_3D, options=MEGACORE
+  ),
+  "v5e": Generation(int(15.75 * GiB), 197e12, Rates(197e12, 0.7377e12), SHAPES_2D),
+  "v5p": Generation(int(95.73 * GiB), 459e12, Rates(394e12, 2.3504e12), SHAPES_V5P),
+  "v6e": Generation(int(31.24 * GiB), 918e12, Rates(918e12, 1.638e12), SHAPES_2D),
+  "tpu7x": Generation(
+    int(94.74 * GiB), 1153.5e12, Rates(996e12, 3.686e12), SHAPES_3D, devices_per_chip=2
+  ),
 }
 
 
