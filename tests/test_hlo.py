@@ -57,6 +57,10 @@ ENTRY %main.5_spmd (p: bf16[8,128], q: f32[64,8]) -> (bf16[8,128], f32[8,8]) {
   %tuple = (u32[], bf16[8,128]{1,0:T(8,128)(2,1)}, /*index=2*/s32[]) tuple(%start, %p, %seven)
   %loop = (u32[], bf16[8,128]{1,0}, s32[]) while(%tuple), condition=%condition, body=%body
   %y = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
+  %kernel = bf16[8,128]{1,0} custom-call(%y), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(f)/kernel"}
   %gather-start = ((bf16[8,128]{1,0}, f32[64,8]{1,0}), (bf16[64,128]{1,0}, f32[512,8]{1,0})) \
 all-gather-start(%y, %q), dimensions={0}, metadata={op_name="jit(f)/all_gather"}
   %gather-done = (bf16[64,128]{1,0}, f32[512,8]{1,0}) all-gather-done(%gather-start)
@@ -149,5 +153,7 @@ def test_shapes_and_element_sizes():
 
 
 def test_text_that_is_no_program():
-  with pytest.raises(ValueError, match="no HLO"):
+  with pytest.raises(ValueError, match="no ENTRY"):
     hlo.collectives("nothing")
+  with pytest.raises(ValueError, match=r"ends inside 'main.5_spmd'"):
+    hlo.collectives(TPU[:-3])

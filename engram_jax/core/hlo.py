@@ -6,7 +6,8 @@ checked on the program that the compiler made, not on the one that was written.
 
 import pathlib
 import tempfile
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 
@@ -97,15 +98,17 @@ def makers(text: str, rows: int) -> list[Instruction]:
   ]
 
 
-def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
-  """The compiled program and its text, for a TPU as well.
+def compile_with_text(
+  lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None
+) -> tuple[jax.stages.Compiled, str]:
+  """The compiled program and its text, for a TPU as well; `options` are the compiler's.
 
   On TPU `compiled.as_text()` cannot print a program that hands gathers or scatters to the
   SparseCores (XLA refuses its own async-update instructions), so the compiler writes the text.
   """
   with tempfile.TemporaryDirectory() as folder:
-    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-    compiled = lowered.compile(compiler_options=options)
+    dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    compiled = lowered.compile(compiler_options={**dump, **(options or {})})
     written = sorted(pathlib.Path(folder).glob("*.after_codegen.txt"))
     if not written:  # only the TPU compiler writes it
       return compiled, compiled.as_text()

@@ -88,16 +88,19 @@ def parse(text: str) -> Program:
   computations, entry = {}, ""
   name, lines = "", []
   for line in text.splitlines():
-    if name and line.startswith("}"):
+    if not name:
+      if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$", line):
+        name, lines = header[2], []
+        entry = name if header[1] else entry
+    elif re.fullmatch(r'\}(, execution_thread="[^"]*")?', line):
       computations[name] = _computation(name, lines)
-      name, lines = "", []
-    elif name:
+      name = ""
+    elif line.startswith("  "):
       lines.append(line)
-    elif header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$", line):
-      name = header[2]
-      entry = name if header[1] else entry
-  if not entry:
-    raise ValueError("no HLO: the text has no ENTRY computation")
+    else:  # metadata of a kernel may hold line breaks
+      lines[-1] += line
+  if name or not entry:
+    raise ValueError(f"no HLO: the text ends inside {name!r}" if name else "no HLO: no ENTRY in it")
   return Program(computations, entry)
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -33,7 +34,9 @@ def make_mesh(
       f"mesh {shape} holds {math.prod(sizes)} devices but there are {len(devices)}: "
       "positive sizes must multiply to that number"
     )
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  # jax.make_mesh refuses sizes that split an axis of the torus, such as 2 x 32 on 4 x 4 x 4.
+  placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,0 +1,84 @@
+"""`plan --topology NAME --compile`: the real train step, compiled for a TPU slice that is not here.
+
+What the compiler says of one device: memory, what it sends, FLOPs, its own estimate of the time.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from engram_jax.config import Config
+from engram_jax.core.hlo import Collective, collectives, compile_with_text
+from engram_jax.core.hlo_cost import cost, kernels
+from engram_jax.core.mesh import make_mesh
+from engram_jax.core.topology import Topology, abstract_devices
+
+# Report a program that does not fit instead of refusing it.
+OPTIONS = {"xla_tpu_no_crash_on_oom": True}
+
+
+def compile_report(
+  lower: Callable[[Config, jax.sharding.Mesh], jax.stages.Lowered],
+  cfg: Config,
+  wanted: Topology,
+) -> dict[str, Any]:
+  """Everything the compiler says about `lower(cfg, mesh)` on the topology; JSON-able.
+
+  All numbers are of one device and one step. `flops` and `optimal_seconds` count the trips of
+  loops; `optimal_seconds` is XLA's (each instruction as slow as its FLOPs or its memory traffic,
+  one after the other; the interconnect is not in it). `collectives` sums, by kind, executions and
+  bytes (`core.hlo.Collective`); `uncertain` of them stand in a loop whose trip count depends on
+  data (counted once) or in a branch. `uncounted_kernels` are in no FLOPs.
+
+  Raises ConfigError for a mesh or batch that does not divide, before anything is lowered.
+  """
+  sizes = cfg.mesh_sizes(wanted.devices)
+  mesh = make_mesh(sizes, abstract_devices(wanted))
+  begin = time.perf_counter()
+  compiled, text = compile_with_text(lower(cfg, mesh), OPTIONS)
+  seconds = time.perf_counter() - begin
+  generation = wanted.generation
+  memory = bytes_per_device(compiled)
+  spent = cost(text, generation.rates)
+  told = compiled.cost_analysis().get("optimal_seconds", 0.0)
+  return {
+    "topology": wanted.name,
+    "devices": wanted.devices,
+    "mesh": sizes,
+    "bytes_per_device": memory,
+    "hbm_bytes": generation.hbm_bytes,
+    "fits": memory["total"] <= generation.hbm_bytes,
+    "collectives": by_kind(collectives(text)),
+    "flops": spent.flops,
+    "optimal_seconds": told + spent.missing_seconds,
+    "peak_flops_per_second": generation.peak_flops,
+    "kernels": kernels(text),
+    "uncounted_kernels": list(spent.uncounted),
+    "compile_seconds": seconds,
+  }
+
+
+def bytes_per_device(compiled: jax.stages.Compiled) -> dict[str, int]:
+  """What the program holds; donated arguments come back as outputs and count once in the total."""
+  said = compiled.memory_analysis()
+  sizes = {
+    "arguments": said.argument_size_in_bytes,
+    "temporaries": said.temp_size_in_bytes,
+    "output": said.output_size_in_bytes,
+    "donated": said.alias_size_in_bytes,
+    "program": said.generated_code_size_in_bytes,
+  }
+  return sizes | {"total": sum(sizes.values()) - 2 * sizes["donated"]}
+
+
+def by_kind(found: list[Collective]) -> list[dict[str, Any]]:
+  """One line a kind, most bytes first: executions and bytes of one device in one step."""
+  lines: dict[str, dict[str, Any]] = {}
+  for one in found:
+    line = lines.setdefault(one.kind, {"kind": one.kind, "count": 0, "bytes": 0, "uncertain": 0})
+    line["count"] += one.count
+    line["bytes"] += one.count * one.bytes
+    line["uncertain"] += not one.known
+  return sorted(lines.values(), key=lambda line: -line["bytes"])
