@@ -9,6 +9,7 @@ import pytest
 
 from engram_jax.commands import plan
 from engram_jax.config import EngramConfig, load_config
+from engram_jax.core.topology import topology
 from engram_jax.errors import ConfigError
 from engram_jax.memory.table import padded_rows
 from engram_jax.model.counts import count
@@ -60,7 +61,7 @@ def test_planning_does_not_import_jax():
 import contextlib, io, sys
 from engram_jax.commands.plan import main
 with contextlib.redirect_stdout(io.StringIO()):
-  main(["--config", "configs/engram_40b.yaml"])
+  main(["--config", "configs/engram_40b.yaml", "--topology", "v5p:4x4x8"])
 sys.exit("jax" in sys.modules)
 """
   assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -98,6 +99,47 @@ def test_touched_rows_are_no_more_than_looked_up_and_no_more_than_there_are():
   assert plan.make_plan(tiny)["bytes"]["table_gradients"] == 4 * looked_up * engram.row_width
   rows = sum(plan.make_plan(few)["rows"].values())
   assert plan.make_plan(few)["bytes"]["table_gradients"] == 4 * rows * engram.row_width
+
+
+@pytest.mark.parametrize(
+  ("optimizer", "dtype", "row"),
+  [
+    ("adam", "float32", 4 * 4 + 2 * 4 * 4 + 4),
+    ("adam_catch_up", "bfloat16", 2 * 4 + 2 * 4 * 4 + 4),
+    ("adagrad", "float32", 4 * 4 + 4),
+    ("adagrad", "bfloat16", 2 * 4 + 4),
+    ("sinkhorn", "bfloat16", 2 * 4 + 2 * 4),
+  ],
+)
+def test_a_rows_bytes_follow_its_type_and_optimizer(optimizer, dtype, row):
+  chosen = {"model.engram.table_dtype": dtype, "train.optimizer.table": optimizer}
+  cfg = load_config("configs/tiny.yaml", SMALL | chosen | {"model.engram.row_width": 4})
+  made = plan.make_plan(cfg)
+  padded = sum(padded_rows(n) for n in made["rows"].values())
+  assert made["bytes"]["tables"] + made["bytes"]["table_optimizer"] == padded * row
+
+
+def test_a_topology_divides_the_state():
+  cfg = load_config("configs/engram_27b.yaml", {"mesh.data": 2, "mesh.fsdp": 0})
+  sizes = plan.make_plan(cfg)["bytes"]
+  found = plan.divided_plan(cfg, topology("v5p:4x4x8"), sizes)
+  assert found["mesh"] == {"data": 2, "fsdp": 64, "expert": 1, "tensor": 1}
+  assert found["bytes_per_device"]["tables"] == -(-sizes["tables"] // 128)
+  assert found["bytes_per_device"]["parameters"] == -(-sizes["parameters"] // 64)
+  assert (found["devices"], "fits" in found) == (128, False)
+
+
+def test_mistakes_about_topologies_leave_with_code_2_before_compiling():
+  engram = ("--config", "configs/engram_27b.yaml", "--compile")
+  for words, message in (
+    ((), "--compile needs --topology"),
+    (("--topology", "v5p:banana"), "'v5p:banana' is none of the known ones: v4:{2x2x1,"),
+    (("--topology", "v5p:4x4x4", "--mesh.fsdp", "3"), "mesh.fsdp=3"),
+    (("--topology", "v5p:4x4x4", "--train.batch_size", "100"), "batch_size"),
+  ):
+    done = command(*engram, *words)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize("rows", [1, 1023, 1024, 1025, 36_199_972])

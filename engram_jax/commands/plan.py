@@ -1,12 +1,15 @@
 """`python -m engram_jax plan`: what a config would cost, by arithmetic.
 
 No array is made and jax is not imported, so that a model too large for this machine, or for any,
-takes as long as a small one.
+takes as long as a small one. `--topology v5p:4x4x8` divides it over a TPU slice; `--compile` with
+it asks the TPU compiler instead (commands/plan_compile.py), which needs no TPU.
 """
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +18,7 @@ from rich.table import Table
 
 from engram_jax.cli import parse_config
 from engram_jax.config import Config
+from engram_jax.core.topology import Topology, topology
 from engram_jax.errors import ConfigError
 from engram_jax.memory.dialects import HashLayout
 from engram_jax.model.counts import Counts, count, flops_per_token, table_layout
@@ -31,9 +35,10 @@ BYTES = {
   "parameters": "float32, without tables",
   "gradients": "float32, without tables",
   "optimizer": "float32: momentum of matrices (Muon), two moments of the rest (Adam)",
-  "tables": "float32, pad rows included",
+  "tables": "in their own type, pad rows included",
   "table_gradients": "float32, of the rows one step touches: at most",
-  "table_optimizer": "two float32 moments, and an int32 count a row",
+  "table_optimizer": "adam: two float32 moments and a count a row; adagrad: a number a row; "
+  "sinkhorn: one moment in the table's type",
   "total": "without activations",
 }
 
@@ -42,9 +47,21 @@ def main(args: Sequence[str]) -> int:
   """Parameters, FLOPs and bytes of a config, without making an array."""
   first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   first.add_argument("--json", action="store_true")
+  first.add_argument("--topology")
+  first.add_argument("--compile", action="store_true")
   own, rest = first.parse_known_args(args)
-  about = "What a config would cost. --json prints one object on stdout instead of tables."
-  plan = make_plan(parse_config("python -m engram_jax plan", about, rest))
+  about = (
+    "What a config would cost. --json prints one object on stdout instead of tables. --topology "
+    "v5p:4x4x8 divides it over a TPU slice; with --compile the TPU compiler says what one device "
+    "holds, sends and computes."
+  )
+  cfg = parse_config("python -m engram_jax plan", about, rest)
+  if own.compile and own.topology is None:
+    raise ConfigError("--compile needs --topology, the devices to compile for: v5p:4x4x8")
+  plan = make_plan(cfg)
+  if own.topology is not None:
+    wanted = topology(own.topology)
+    plan |= compiled_plan(cfg, wanted) if own.compile else divided_plan(cfg, wanted, plan["bytes"])
   if own.json:
     print(json.dumps(plan, indent=2))
   else:
@@ -82,20 +99,55 @@ def make_plan(cfg: Config) -> dict[str, Any]:
 def training_bytes(cfg: Config, counts: Counts, layout: HashLayout | None) -> dict[str, int]:
   """Bytes of the training state and gradients over all devices; keys and contents: `BYTES`."""
   engram = cfg.model.engram
+  width, size = engram.row_width, 2 if engram.table_dtype == "bfloat16" else 4
   rows = list(layout.rows.values()) if layout else []
   padded = sum(-(-n // PAD_MULTIPLE) * PAD_MULTIPLE for n in rows)
   looked_up = cfg.train.batch_size * cfg.data.sequence_length * engram.columns
   touched = sum(min(n, looked_up) for n in rows)
   backbone = counts.all_parameters - counts.tables
+  adam = 2 * 4 * width + 4
+  state = {"adam": adam, "adam_catch_up": adam, "adagrad": 4, "sinkhorn": size * width}
   sizes = {
     "parameters": 4 * backbone,
     "gradients": 4 * backbone,
     "optimizer": 4 * (2 * backbone - counts.matrix_parameters),
-    "tables": 4 * padded * engram.row_width,
-    "table_gradients": 4 * touched * engram.row_width,
-    "table_optimizer": 4 * padded * (2 * engram.row_width + 1),
+    "tables": size * padded * width,
+    "table_gradients": 4 * touched * width,
+    "table_optimizer": padded * state[cfg.train.optimizer.table],
   }
   return sizes | {"total": sum(sizes.values())}
+
+
+def divided_plan(cfg: Config, wanted: Topology, sizes: dict[str, int]) -> dict[str, Any]:
+  """The state's bytes on one device of the slice, at least: tables over all axes of the mesh,
+  the rest over all but `data`, as if everything divided evenly; no activations.
+
+  Raises ConfigError for a mesh or batch that does not divide.
+  """
+  mesh = cfg.mesh_sizes(wanted.devices)
+  parts = {"table": wanted.devices, "rest": math.prod(mesh.values()) // mesh["data"]}
+  each = {
+    name: -(-total // parts["table" if name.startswith("table") else "rest"])
+    for name, total in sizes.items()
+    if name != "total"
+  }
+  return {
+    "topology": wanted.name,
+    "devices": wanted.devices,
+    "mesh": mesh,
+    "bytes_per_device": each | {"total": sum(each.values())},
+    "hbm_bytes": wanted.generation.hbm_bytes,
+  }
+
+
+def compiled_plan(cfg: Config, wanted: Topology) -> dict[str, Any]:
+  """What the TPU compiler says of the real train step; see `compile_report`."""
+  cfg.mesh_sizes(wanted.devices)
+  os.environ["JAX_PLATFORMS"] = "cpu"  # a TPU that is here belongs to whoever trains on it
+  from engram_jax.commands.plan_compile import compile_report
+  from engram_jax.training.lowering import lower_train_step
+
+  return compile_report(lower_train_step, cfg, wanted)
 
 
 def show(plan: dict[str, Any]) -> None:
@@ -133,3 +185,27 @@ def show(plan: dict[str, Any]) -> None:
   table("Compute (matrix products)", ("", "number"), compute)
   sizes = [(named(k), decimal(n), BYTES[k]) for k, n in plan["bytes"].items()]
   table("Memory in training, over all devices", ("what", "size", "holds"), sizes)
+  if "topology" in plan:
+    show_device(plan, table)
+
+
+def show_device(plan: dict[str, Any], table: Callable[..., None]) -> None:
+  """What one device of a topology holds and, if compiled, sends and computes."""
+  sizes = [(name.replace("_", " "), decimal(n)) for name, n in plan["bytes_per_device"].items()]
+  sizes.append(("it has", decimal(plan["hbm_bytes"])))
+  if "fits" in plan:
+    sizes.append(("fits", "yes" if plan["fits"] else "no"))
+  mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+  where = f"one of {plan['devices']} devices of {plan['topology']} ({mesh})"
+  table(f"Memory of {where}", ("what", "size"), sizes)
+  if plan.get("collectives") is None:
+    return
+  moved = [(c["kind"], f"{c['count']:,}", decimal(c["bytes"])) for c in plan["collectives"]]
+  table("Collectives in a step, one device", ("kind", "executions", "bytes"), moved)
+  step = [
+    ("FLOP a step", f"{plan['flops']:.4g}"),
+    ("seconds a step, compiler's estimate", f"{plan['optimal_seconds']:.4g}"),
+    ("seconds to compile", f"{plan['compile_seconds']:.1f}"),
+    *((name, f"{count:,} calls") for name, count in plan["kernels"].items()),
+  ]
+  table("A step, one device", ("", "number"), step)

@@ -3,6 +3,7 @@
 What the compiler says of one device: memory, what it sends, FLOPs, its own estimate of the time.
 """
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +12,12 @@ import jax
 
 from engram_jax.config import Config
 from engram_jax.core.hlo import Collective, collectives, compile_with_text
-from engram_jax.core.hlo_cost import cost, kernels
+from engram_jax.core.hlo_cost import Rates, cost, kernels
 from engram_jax.core.mesh import make_mesh
 from engram_jax.core.topology import Topology, abstract_devices
 
-# Report a program that does not fit instead of refusing it.
-OPTIONS = {"xla_tpu_no_crash_on_oom": True}
+# Compile a program that does not fit all the same, where the compiler can: not past some sizes.
+OVERSIZED = {"xla_tpu_no_crash_on_oom": True}
 
 
 def compile_report(
@@ -32,32 +33,59 @@ def compile_report(
   bytes (`core.hlo.Collective`); `uncertain` of them stand in a loop whose trip count depends on
   data (counted once) or in a branch. `uncounted_kernels` are in no FLOPs.
 
+  Of a program that does not fit and that the compiler gives up on, `bytes_per_device` has only the
+  `total` that it would need, and the rest is null.
+
   Raises ConfigError for a mesh or batch that does not divide, before anything is lowered.
   """
   sizes = cfg.mesh_sizes(wanted.devices)
   mesh = make_mesh(sizes, abstract_devices(wanted))
   begin = time.perf_counter()
-  compiled, text = compile_with_text(lower(cfg, mesh), OPTIONS)
-  seconds = time.perf_counter() - begin
-  generation = wanted.generation
-  memory = bytes_per_device(compiled)
-  spent = cost(text, generation.rates)
-  told = compiled.cost_analysis().get("optimal_seconds", 0.0)
+  lowered = lower(cfg, mesh)
+  try:
+    found = program_report(*compile_with_text(lowered), wanted.generation.rates)
+  except jax.errors.JaxRuntimeError as error:
+    found = oversized_report(lowered, error, wanted.generation.rates)
+  hbm = wanted.generation.hbm_bytes
   return {
     "topology": wanted.name,
     "devices": wanted.devices,
     "mesh": sizes,
-    "bytes_per_device": memory,
-    "hbm_bytes": generation.hbm_bytes,
-    "fits": memory["total"] <= generation.hbm_bytes,
+    "hbm_bytes": hbm,
+    "fits": found["bytes_per_device"]["total"] <= hbm,
+    **found,
+    "peak_flops_per_second": wanted.generation.peak_flops,
+    "compile_seconds": time.perf_counter() - begin,
+  }
+
+
+def program_report(compiled: jax.stages.Compiled, text: str, rates: Rates) -> dict[str, Any]:
+  """The part of the report that is read from a compiled program."""
+  spent = cost(text, rates)
+  told = compiled.cost_analysis().get("optimal_seconds", 0.0)
+  return {
+    "bytes_per_device": bytes_per_device(compiled),
     "collectives": by_kind(collectives(text)),
     "flops": spent.flops,
     "optimal_seconds": told + spent.missing_seconds,
-    "peak_flops_per_second": generation.peak_flops,
     "kernels": kernels(text),
     "uncounted_kernels": list(spent.uncounted),
-    "compile_seconds": seconds,
   }
+
+
+def oversized_report(
+  lowered: jax.stages.Lowered, refusal: jax.errors.JaxRuntimeError, rates: Rates
+) -> dict[str, Any]:
+  """The same for a program that was refused for its size; raises any other refusal again."""
+  needs = re.search(r"CompileTimeHbmOom.* memory required .*?\(([\d.]+)([KMG])\)", str(refusal))
+  if needs is None:
+    raise refusal
+  try:
+    return program_report(*compile_with_text(lowered, OVERSIZED), rates)
+  except jax.errors.JaxRuntimeError:
+    total = int(float(needs[1]) * 1024 ** " KMG".index(needs[2]))
+    rest = ("collectives", "flops", "optimal_seconds", "kernels", "uncounted_kernels")
+    return {"bytes_per_device": {"total": total}, **dict.fromkeys(rest)}
 
 
 def bytes_per_device(compiled: jax.stages.Compiled) -> dict[str, int]:

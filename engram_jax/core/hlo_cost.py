@@ -35,6 +35,8 @@ class Cost(NamedTuple):
   missing_seconds: float
   """To add to `cost_analysis()["optimal_seconds"]`: the trips of loops after the first, and the
   attention kernels, which tell XLA nothing."""
+  told_seconds: float
+  """What this file makes of what XLA does count: near `optimal_seconds`, or the rates are off."""
   uncounted: tuple[str, ...]
   """Kernels that tell XLA nothing and are not known here either."""
 
@@ -48,20 +50,19 @@ def cost(text: str, rates: Rates) -> Cost:
   program = parse(text)
   times = executions(program)
   fused = _fused(program)
-  flops, seconds, uncounted = 0, 0.0, set()
+  flops, seconds, once, uncounted = 0, 0.0, 0.0, set()
   for computation, instruction in program.instructions():
     if computation.name not in times or computation.name in fused:
       continue
     count = times[computation.name].count
     work = instruction_flops(program, computation, instruction)
     traffic = _traffic(program, computation, instruction) / rates.bandwidth
-    told = 0 if _splash(instruction) else work
-    each = max(work / rates.flops, traffic)
     flops += count * work
-    seconds += count * each - max(told / rates.flops, traffic)
+    seconds += count * max(work / rates.flops, traffic)
+    once += traffic if _splash(instruction) else max(work / rates.flops, traffic)
     if is_kernel(instruction) and not work:
       uncounted.add(kernel_name(instruction))
-  return Cost(flops, seconds, tuple(sorted(uncounted)))
+  return Cost(flops, seconds - once, once, tuple(sorted(uncounted)))
 
 
 def kernels(text: str) -> dict[str, int]:
