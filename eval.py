@@ -15,9 +15,12 @@ from typing import Any
 
 import jax
 import tyro
+from jax.sharding import Mesh
 
 from engram_jax.cli import run_command
+from engram_jax.config import Config
 from engram_jax.core.checkpoint import Checkpoints
+from engram_jax.core.mesh import make_mesh
 from engram_jax.core.run_directory import CHECKPOINTS, TOKENIZER, open_run
 from engram_jax.data.pipeline import Prepared, prepare
 from engram_jax.data.tokenizer import read_tokenizer
@@ -26,7 +29,14 @@ from engram_jax.inference.generate import complete, make_next_logits
 from engram_jax.memory.compress import tokenizer_digest
 from engram_jax.training.evaluate import evaluate, make_eval_step
 from engram_jax.training.identity import check_identity, identity
-from engram_jax.training.state import Recipe, TrainState, init_state, make_recipe
+from engram_jax.training.state import (
+  Recipe,
+  TrainState,
+  logical_rows,
+  make_recipe,
+  state_shapes,
+  up_to_date,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +67,6 @@ def main() -> int:
     update={"data": cfg.data.model_copy(update={"tokenizer": str(args.run / TOKENIZER)})}
   )
   say = lambda text: print(text, file=sys.stderr)
-  recipe = make_recipe(cfg)
   with Checkpoints(args.run / CHECKPOINTS, keep=None) as checkpoints:
     step = newest(checkpoints, args, say)
     meta = checkpoints.meta(step)
@@ -66,8 +75,9 @@ def main() -> int:
     data = prepare(cfg, say)
     meaning = identity(data.tokenizer_digest, data.compressor, data.layout, data.training.digest)
     check_identity(meta, meaning, str(args.run))
-    like = jax.eval_shape(lambda: init_state(recipe, data.layout))
-    state = checkpoints.restore(step, like)
+    recipe = make_recipe(cfg, data.layout, evaluation_mesh(cfg))
+    like, rows = state_shapes(recipe, data.layout), logical_rows(data.layout)
+    state = up_to_date(recipe, checkpoints.restore(step, like, rows=rows))
   result = {"run": str(args.run), "step": step} | losses(recipe, state, data, args.batches)
   result["samples"] = samples(recipe, state, data, args)
   if args.json:
@@ -75,6 +85,13 @@ def main() -> int:
   else:
     show(result)
   return 0
+
+
+def evaluation_mesh(cfg: Config) -> Mesh:
+  """As many devices as divide the batch, so that tables and parameters are spread over them."""
+  devices = jax.devices()
+  parts = max(n for n in range(1, len(devices) + 1) if cfg.train.batch_size % n == 0)
+  return make_mesh({"fsdp": parts}, devices[:parts])
 
 
 def check(args: Args) -> None:
@@ -113,7 +130,7 @@ def samples(recipe: Recipe, state: TrainState, data: Prepared, args: Args) -> li
   prompts = args.prompt or (recipe.config.train.sample_prompt,)
   if not args.tokens:
     return []
-  next_logits = make_next_logits(recipe.graphdef, recipe.config.model)
+  next_logits = make_next_logits(recipe.graphdef, recipe.config.model, recipe.mesh)
   greedy = complete(next_logits, state, data, prompts, args.tokens)
   drawn = complete(
     next_logits, state, data, prompts, args.tokens, temperature=args.temperature, seed=args.seed

@@ -11,13 +11,17 @@ import sys
 import time
 
 import jax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from engram_jax.cli import parse_config, run_command
 from engram_jax.config import Config
+from engram_jax.core import distributed
 from engram_jax.core.checkpoint import Checkpoints
+from engram_jax.core.mesh import batch_sharding, make_mesh
 from engram_jax.core.metrics import MetricsWriter
 from engram_jax.core.peak import matmul_peak
+from engram_jax.core.placement import process_rows, to_global
 from engram_jax.core.run_directory import CHECKPOINTS, RunDirectory, check_config
 from engram_jax.core.signals import StopRequest
 from engram_jax.data.pipeline import Prepared, prepare
@@ -27,24 +31,32 @@ from engram_jax.model.counts import count, flops_per_token
 from engram_jax.model.lm import compute_dtype
 from engram_jax.training.evaluate import evaluate, make_eval_step
 from engram_jax.training.identity import check_identity, identity
-from engram_jax.training.state import init_state, make_recipe
+from engram_jax.training.state import (
+  init_state,
+  logical_rows,
+  make_recipe,
+  state_shapes,
+  up_to_date,
+)
 from engram_jax.training.step import make_train_step
 
 
 def main() -> int:
   cfg = parse_config("train.py", __doc__)
   train = cfg.train
+  distributed.start(cfg.distributed)
+  mesh = make_mesh(cfg.mesh_sizes(jax.device_count()))
   known = check_config(cfg)
 
   # --- data, model, and what was decided ----------------------------------------------------
   data = prepare(cfg, say)
   training, validation = data.training_pipeline(), data.validation_pipeline()
-  recipe = make_recipe(cfg)
+  recipe = make_recipe(cfg, data.layout, mesh)
   train_step, eval_step = make_train_step(recipe), make_eval_step(recipe)
-  next_logits = make_next_logits(recipe.graphdef, cfg.model)
+  next_logits = make_next_logits(recipe.graphdef, cfg.model, mesh)
   flops = 3 * flops_per_token(cfg.model, cfg.data.sequence_length)  # forward and twice backward
-  peak = matmul_peak(compute_dtype(cfg.model.dtype))
-  announce(cfg, data, flops, peak)
+  peak = mesh.size * matmul_peak(compute_dtype(cfg.model.dtype))
+  announce(cfg, data, flops, peak, mesh)
 
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(StopRequest())
@@ -60,7 +72,8 @@ def main() -> int:
       start, state = 0, init_state(recipe, data.layout)
     else:
       check_identity(checkpoints.meta(start), meaning, str(run.path))
-      state = checkpoints.restore(start, jax.eval_shape(lambda: init_state(recipe, data.layout)))
+      like, rows = state_shapes(recipe, data.layout), logical_rows(data.layout)
+      state = checkpoints.restore(start, like, rows=rows)
       say(f"resumed {run.path} after step {start}")
     if start == train.steps:
       say(f"{run.path} is finished ({start} steps); for another run choose another --run.name")
@@ -68,13 +81,17 @@ def main() -> int:
 
     # --- the loop ---------------------------------------------------------------------------
     writer = stack.enter_context(MetricsWriter(run.path, cfg.run.tensorboard, resume_step=start))
-    batches = stack.enter_context(contextlib.closing(training.iterate(start)))
+    mine = process_rows(batch_sharding(mesh), train.batch_size)
+    batches = stack.enter_context(contextlib.closing(training.iterate(start, mine)))
     bar = stack.enter_context(progress(start, train.steps))
-    clock, previous = Clock(), None
+    clock, previous, told = Clock(), None, False
     for step in range(start + 1, train.steps + 1):
-      state, metrics = train_step(state, next(batches))
+      batch = to_global(next(batches), mesh, train.batch_size)
+      batch["stop"] = distributed.stop_flags(mesh, stop.requested)
+      state, metrics = train_step(state, batch)
       if previous is not None:  # one step late, so that the device never waits for Python
         stop_if_not_finite(previous, train.nonfinite_limit)
+        told = int(previous["stop"]) > 0  # of any process: all stop after the same step
       previous, last = metrics, step == train.steps
       if last:  # before its checkpoint says that the run is finished
         stop_if_not_finite(metrics, train.nonfinite_limit)
@@ -83,12 +100,13 @@ def main() -> int:
 
       evaluating = last or step % train.eval_every == 0
       if evaluating or step % train.log_every == 0:
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in metrics.items() if name != "stop"}
         values |= clock.read(flops, peak)
         report(step, values, bar)
         if evaluating:
           with clock.stopped(), contextlib.closing(validation.iterate()) as windows:
             few = itertools.islice(windows, train.eval_batches)
+            state = up_to_date(recipe, state)
             result = evaluate(eval_step, state, few, data.token_bytes, data.sources)
           values |= {f"validation/{k}": v for k, v in result.items() if k != "by_source"}
           say(
@@ -101,18 +119,20 @@ def main() -> int:
           text = complete(next_logits, state, data, [train.sample_prompt], train.sample_tokens)[0]
         writer.text(step, "sample", train.sample_prompt + text)
         say(f"step {step}: {train.sample_prompt}|{text}")
-      if last or stop.requested or step % train.checkpoint_every == 0:
+      stopping = told if distributed.several() else stop.requested
+      if last or stopping or step % train.checkpoint_every == 0:
         with clock.stopped():
           checkpoints.save(step, state, meaning | {"next_batch": step})
-      if stop.requested and not last:
+      if stopping and not last:
         checkpoints.wait()
-        say(f"stopped by {stop.signal_name}, step {step} saved; the same command resumes")
+        by = stop.signal_name or "another process"
+        say(f"stopped by {by}, step {step} saved; the same command resumes")
         return EXIT_STOPPED
   say(f"finished {run.path}; evaluate it with: python eval.py --run {run.path}")
   return 0
 
 
-def announce(cfg: Config, data: Prepared, flops: float, peak: float) -> None:
+def announce(cfg: Config, data: Prepared, flops: float, peak: float, mesh: Mesh) -> None:
   """What this run is, before it starts."""
   parts = count(cfg.model, data.layout)
   tokens = cfg.train.batch_size * cfg.data.sequence_length
@@ -130,9 +150,10 @@ def announce(cfg: Config, data: Prepared, flops: float, peak: float) -> None:
     f"step: {cfg.train.batch_size} windows x {cfg.data.sequence_length} = {tokens:,} tokens, "
     f"{flops / 1e6:.1f} MFLOP a token; {cfg.train.steps} steps, {tokens * cfg.train.steps:,} tokens"
   )
+  axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one"
   say(
-    f"mesh: 1 of {len(devices)} {devices[0].platform} devices ({devices[0].device_kind}), "
-    f"measured matmul peak {peak / 1e9:.1f} GFLOP/s"
+    f"mesh: {axes}, of {mesh.size} {devices[0].platform} devices ({devices[0].device_kind}) in "
+    f"{jax.process_count()} processes, measured matmul peak {peak / 1e9:.1f} GFLOP/s"
   )
 
 
@@ -168,11 +189,17 @@ def stop_if_not_finite(metrics: dict[str, jax.Array], limit: int) -> None:
 
 
 def progress(start: int, steps: int) -> tqdm:
-  return tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty())
+  return tqdm(
+    total=steps,
+    initial=start,
+    unit="step",
+    disable=not (distributed.is_main() and sys.stderr.isatty()),
+  )
 
 
 def say(text: str) -> None:
-  tqdm.write(text, file=sys.stderr)
+  if distributed.is_main():
+    tqdm.write(text, file=sys.stderr)
 
 
 class Clock:

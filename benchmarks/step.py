@@ -20,11 +20,10 @@ import jax.numpy as jnp
 
 from engram_jax.config import Config, load_config
 from engram_jax.data.pipeline import prepare
-from engram_jax.memory.unique import take_rows, unique_rows
 from engram_jax.model.counts import flops_per_token
 from engram_jax.training.evaluate import make_eval_step
 from engram_jax.training.state import init_state, make_recipe
-from engram_jax.training.step import loss_and_grads, make_train_step, zip_rows
+from engram_jax.training.step import fetch_rows, loss_and_grads, make_train_step
 
 MATMUL_SIZE = 1024
 WITHOUT = {
@@ -97,23 +96,18 @@ def whole_step(cfg: Config, name: str) -> dict[str, Callable[[], object]]:
 def parts(cfg: Config) -> dict[str, Callable[[], object]]:
   recipe, state, batch = setting(cfg)
 
-  def look_up(state, batch):
-    ids = [unique_rows(row_ids, t.shape[0]) for row_ids, t in zip_rows(batch, state.tables)]
-    rows = (take_rows(t, i.ids_U) for t, i in zip(state.tables, ids, strict=True))
-    return tuple(rows), tuple(i.inverse for i in ids)
-
-  look_up = jax.jit(look_up)
-  rows, inverses = look_up(state, batch)
-  grads = jax.jit(lambda s, r, i, b: loss_and_grads(recipe, s, r, i, b))
+  look_up = jax.jit(lambda state, batch: fetch_rows(recipe, state, batch)[0])
+  fetched = look_up(state, batch)
+  grads = jax.jit(lambda s, f, b: loss_and_grads(recipe, s, f, b))
   forward = make_eval_step(recipe)
   update = jax.jit(lambda g, s: recipe.optimizer.update(g, s.optimizer, s.params))
-  (backbone, _), _ = grads(state, rows, inverses, batch)
+  (backbone, _), _ = grads(state, fetched, batch)
   return {
     "part: distinct rows, gather": lambda: look_up(state, batch),
     "part: forward, as in evaluation": lambda: forward(
       state.params, state.biases, state.tables, batch
     ),
-    "part: loss and gradients": lambda: grads(state, rows, inverses, batch),
+    "part: loss and gradients": lambda: grads(state, fetched, batch),
     "part: backbone optimizer": lambda: update(backbone, state),
   }
 

@@ -17,10 +17,12 @@ import jax
 import pytest
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 
 import engram_jax
 from engram_jax.cli import run_command
-from engram_jax.config import RunConfig
+from engram_jax.config import Config, RunConfig
+from engram_jax.memory.hashing import HashLayout
 
 ROOT = pathlib.Path(engram_jax.__file__).parents[1]
 TEXTS = ("bisect", "copy", "dis", "heapq")  # modules of the standard library, read as text
@@ -151,16 +153,20 @@ def share_programs(commands: list[ModuleType]) -> None:
   The modules were loaded for these tests alone, so nobody else meets the changed names.
   """
   train = commands[0]
-  recipe = functools.cache(train.make_recipe)
+  layouts, make_recipe = {}, train.make_recipe
+  recipe = functools.cache(lambda cfg, mesh: make_recipe(cfg, layouts[cfg], mesh))
   make = {
     name: functools.cache(getattr(train, name))
     for name in ("make_train_step", "make_eval_step", "make_next_logits")
   }
-  make["make_recipe"] = lambda cfg: recipe(
-    cfg.model_copy(
-      update={"run": RunConfig(), "data": cfg.data.model_copy(update={"tokenizer": ""})}
-    )
-  )
+
+  def shared_recipe(cfg: Config, layout: HashLayout | None = None, mesh: Mesh | None = None):
+    data = cfg.data.model_copy(update={"tokenizer": ""})
+    cfg = cfg.model_copy(update={"run": RunConfig(), "data": data})
+    layouts.setdefault(cfg, layout)  # no part of the key: equal configs over one text have one
+    return recipe(cfg, mesh)
+
+  make["make_recipe"] = shared_recipe
   for command in commands:
     for name in make.keys() & vars(command).keys():
       setattr(command, name, make[name])

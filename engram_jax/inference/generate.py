@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from flax import nnx
+from jax.sharding import Mesh
 
 from engram_jax.config import ModelConfig
+from engram_jax.core.mesh import batch_shards, replicated
 from engram_jax.errors import ConfigError
 from engram_jax.memory.compress import TokenCompressor
 from engram_jax.memory.hashing import HashLayout, hash_ids_numpy
@@ -44,18 +46,27 @@ def row_ids(
   )
 
 
-def make_next_logits(graphdef: Any, cfg: ModelConfig) -> Callable[..., jax.Array]:
-  """`logits_BV = f(params, biases, tables, tokens_BT, row_ids, last_B)`, after `last_B`."""
+def make_next_logits(
+  graphdef: Any, cfg: ModelConfig, mesh: Mesh | None = None
+) -> Callable[..., jax.Array]:
+  """`logits_BV = f(params, biases, tables, tokens_BT, row_ids, last_B)`, after `last_B`.
+
+  mesh: where parameters and tables lie; a batch that its axes do not divide is filled up.
+  """
+  shards = 1 if mesh is None else batch_shards(mesh)
 
   def run(params, biases, tables, tokens_BT, row_ids_LBTJ, last_B):
     model = nnx.merge(graphdef, nnx.State(params), nnx.State(biases))
+    B = tokens_BT.shape[0]
+    fill = lambda x, axis: jnp.pad(x, [(0, -B % shards * (i == axis)) for i in range(x.ndim)])
+    tokens_BT, row_ids_LBTJ, last_B = fill(tokens_BT, 0), fill(row_ids_LBTJ, 1), fill(last_B, 0)
     shape = (*tokens_BT.shape, cfg.engram.memory_width)
-    rows = tuple(lookup(t, row_ids_LBTJ[i]).reshape(shape) for i, t in enumerate(tables))
-    hidden_BTD, _ = model(tokens_BT, rows)
+    rows = tuple(lookup(t, row_ids_LBTJ[i], mesh=mesh).reshape(shape) for i, t in enumerate(tables))
+    hidden_BTD, _ = model(tokens_BT, rows, mesh=mesh)
     last_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
-    return model.logits(last_B1D)[:, 0].astype(jnp.float32)
+    return model.logits(last_B1D)[:B, 0].astype(jnp.float32)
 
-  return jax.jit(run)
+  return jax.jit(run, out_shardings=replicated(mesh) if mesh is not None else None)
 
 
 def complete(

@@ -1,5 +1,6 @@
 """Loss over the validation documents, whole and by source, with the memory on or off."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -8,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from engram_jax.core.mesh import replicated
 from engram_jax.memory.table import lookup
-from engram_jax.training.loss import chunked_cross_entropy
+from engram_jax.training.loss import cross_entropy_on
 from engram_jax.training.state import Recipe
 
 LN2 = math.log(2)
@@ -26,7 +28,10 @@ def make_eval_step(recipe: Recipe, *, memory: bool = True) -> Callable[..., jax.
     model = recipe.model(params, biases)
     shape = (*batch["tokens"].shape, cfg.model.engram.memory_width)
     if memory:
-      rows = [lookup(t, batch["row_ids"][i]).reshape(shape) for i, t in enumerate(tables)]
+      look = functools.partial(
+        lookup, mesh=recipe.mesh, capacity=cfg.model.engram.exchange_capacity
+      )
+      rows = [look(t, batch["row_ids"][i]).reshape(shape) for i, t in enumerate(tables)]
     else:
       rows = [jnp.zeros(shape, t.dtype) for t in tables]
     hidden_BTD, _ = model(
@@ -34,13 +39,20 @@ def make_eval_step(recipe: Recipe, *, memory: bool = True) -> Callable[..., jax.
       tuple(rows),
       segments_BT=batch["segments"],
       positions_BT=batch["positions"],
+      mesh=recipe.mesh,
     )
-    _, aux = chunked_cross_entropy(
-      hidden_BTD, model.head_DV, batch["targets"], batch["mask"], chunk=cfg.train.loss_chunk
+    _, aux = cross_entropy_on(
+      recipe.spread,
+      hidden_BTD,
+      model.head_DV,
+      batch["targets"],
+      batch["mask"],
+      chunk=cfg.train.loss_chunk,
     )
     return jnp.where(batch["mask"], aux["nll_BT"], 0.0)
 
-  return jax.jit(step)
+  whole = None if recipe.spread is None else replicated(recipe.mesh)
+  return jax.jit(step, out_shardings=whole)
 
 
 def evaluate(

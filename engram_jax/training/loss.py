@@ -11,6 +11,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from engram_jax.core.mesh import BATCH_AXES
 
 Aux = dict[str, jax.Array]
 
@@ -53,6 +56,46 @@ def chunked_cross_entropy(
     min(steps, hidden_BTD.shape[1]), float(z_loss), hidden_BTD, head_DV, targets_BT, mask_BT
   )
   return total, jax.lax.stop_gradient(aux)
+
+
+def cross_entropy_on(
+  mesh: Mesh | None,
+  hidden_BTD: jax.Array,
+  head_DV: jax.Array,
+  targets_BT: jax.Array,
+  mask_BT: jax.Array,
+  *,
+  chunk: int,
+  z_loss: float = 0.0,
+) -> tuple[jax.Array, Aux]:
+  """`chunked_cross_entropy` on a mesh: each device its own tokens, the whole head.
+
+  B is divided over the batch's axes and T over `tensor`; `chunk` counts one device's tokens. What
+  travels is the head and, once, the sum of its gradients: left to the partitioner it would be
+  summed over devices for every chunk. Without a mesh, the same on one device.
+  """
+  if mesh is None:
+    return chunked_cross_entropy(
+      hidden_BTD, head_DV, targets_BT, mask_BT, chunk=chunk, z_loss=z_loss
+    )
+
+  def run(hidden_btD, head_DV, targets_bt, mask_bt):
+    total, aux = chunked_cross_entropy(
+      hidden_btD, head_DV, targets_bt, mask_bt, chunk=chunk, z_loss=z_loss
+    )
+    return total[None], {k: v if k == "nll_BT" else v[None] for k, v in aux.items()}
+
+  tokens, each = PartitionSpec(BATCH_AXES, "tensor"), PartitionSpec(mesh.axis_names)
+  aux = {"tokens": each, "nll_sum": each, "z_sum": each, "nll_BT": tokens}
+  run = jax.shard_map(
+    run,
+    mesh=mesh,
+    in_specs=(tokens, PartitionSpec(), tokens, tokens),
+    out_specs=(each, aux),
+    check_vma=False,
+  )
+  totals, aux = run(hidden_BTD, head_DV.astype(hidden_BTD.dtype), targets_BT, mask_BT)
+  return totals.sum(), {k: v if k == "nll_BT" else v.sum() for k, v in aux.items()}
 
 
 def cross_entropy_reference(

@@ -4,21 +4,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 
-def clip_by_global_norm(grads: Any, limit: float) -> tuple[Any, jax.Array]:
-  """The gradients scaled to a global L2 norm of at most `limit`, and the float32 norm they had.
+def global_norm(grads: Any, more_sq: jax.typing.ArrayLike = 0.0) -> jax.Array:
+  """The float32 L2 norm of a tree; `more_sq`, of the rows' gradients, is added under the root.
 
-  `grads` is any tree: pass the backbone's and the tables' row gradients together. A row gradient
-  summed over its uses has the norm of the dense table gradient it stands for. `limit` 0 leaves
-  them as they are. The norm is finite only where every gradient is, so it checks them too.
+  A row gradient summed over its uses has the norm of the dense table gradient it stands for. The
+  norm is finite only where every gradient is, so it checks them too.
   """
-  norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), grads))
+  squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]
+  return jnp.sqrt(sum(squares, jnp.float32(0)) + more_sq)
+
+
+def clip_scale(norm: jax.Array, limit: float) -> jax.Array:
+  """What to multiply gradients of this norm with to bring it to at most `limit`; 0 is no limit."""
   if limit == 0:
-    return grads, norm
-  scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
-  return jax.tree.map(lambda x: (scale * x).astype(x.dtype), grads), norm
+    return jnp.float32(1)
+  return jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
 
 
 def keep_if(ok: jax.Array, new: Any, old: Any) -> Any:

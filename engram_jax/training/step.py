@@ -1,7 +1,7 @@
 """One training step: gradients with respect to the parameters and the touched rows, then updates.
 
 Rows are gathered once per distinct id, so a table's gradient is as large as the batch's ids and the
-step's cost does not depend on the table's size.
+step's cost does not depend on the table's size. On a mesh this is one program for all devices.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from engram_jax.memory.unique import expand, take_rows, unique_rows
 from engram_jax.model.moe import updated_bias
-from engram_jax.training.loss import chunked_cross_entropy
-from engram_jax.training.nonfinite import clip_by_global_norm, keep_if
+from engram_jax.training.loss import cross_entropy_on
+from engram_jax.training.nonfinite import clip_scale, global_norm, keep_if
 from engram_jax.training.state import Recipe, TrainState
+from engram_jax.training.touched import Fetched, Summed, expand_rows
 
 Batch = dict[str, jax.Array]
 
@@ -23,60 +23,73 @@ Batch = dict[str, jax.Array]
 def make_train_step(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
   """`step(state, batch) -> (state, metrics)`, jitted; the state's buffers are donated.
 
-  batch: the pipeline's arrays, each [B, T] int32 or bool, and row_ids int32 [L, B, T, J].
-  A loss or gradient that is not finite leaves everything but the counters as it was.
+  batch: the pipeline's arrays, each [B, T] int32 or bool, and row_ids int32 [L, B, T, J]; on a mesh
+  divided by batch. A loss or gradient that is not finite leaves everything but the counters as it
+  was.
   """
-  train = recipe.config.train
+  return jax.jit(train_step(recipe), donate_argnums=0)
+
+
+def train_step(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+  """What `make_train_step` compiles."""
+  limit, rows = recipe.config.train.optimizer.clip_norm, recipe.rows
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-    ids = [unique_rows(row_ids, t.shape[0]) for row_ids, t in zip_rows(batch, state.tables)]
-    rows = tuple(take_rows(t, i.ids_U) for t, i in zip(state.tables, ids, strict=True))
-    inverses = tuple(i.inverse for i in ids)
-
-    grads, out = loss_and_grads(recipe, state, rows, inverses, batch)
-    grads, norm = clip_by_global_norm(grads, train.optimizer.clip_norm)
+    fetched, tables, row_states = fetch_rows(recipe, state, batch)
+    (grads, d_rows), out = loss_and_grads(recipe, state, fetched, batch)
+    summed = collect_rows(recipe, tables, fetched, d_rows)
+    norm = global_norm(grads, summed.norm_sq)
+    scale = clip_scale(norm, limit)
     ok = jnp.isfinite(out["loss"]) & jnp.isfinite(norm)
 
-    updates, optimizer = recipe.optimizer.update(grads[0], state.optimizer, state.params)
+    grads = jax.tree.map(lambda g: (scale * g).astype(g.dtype), grads)
+    updates, optimizer = recipe.optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    updated = [
-      recipe.row_optimizer.update(g, s, t, i.ids_U, ok)
-      for g, s, t, i in zip(grads[1], state.row_optimizers, state.tables, ids, strict=True)
-    ]
+    if tables:
+      tables, row_states = rows.update(fetched, d_rows, summed, tables, row_states, scale, ok)
     new = TrainState(
       step=state.step + 1,
       params=keep_if(ok, params, state.params),
       biases=keep_if(ok, balanced(recipe, state.biases, out["load"]), state.biases),
-      tables=tuple(table for table, _ in updated),
+      tables=tables,
       optimizer=keep_if(ok, optimizer, state.optimizer),
-      row_optimizers=tuple(row_state for _, row_state in updated),
+      row_optimizers=row_states,
       bad_in_row=jnp.where(ok, 0, state.bad_in_row + 1),
       bad_total=state.bad_total + jnp.where(ok, 0, 1),
     )
-    return new, metrics(recipe, new, out, norm, ids)
+    return recipe.placed(new), metrics(recipe, new, out, norm, summed, batch)
 
-  return jax.jit(step, donate_argnums=0)
+  return step
 
 
-def zip_rows(batch: Batch, tables: tuple) -> list[tuple[jax.Array, jax.Array]]:
-  """(row_ids_BTJ, table_RC) of each Engram layer."""
-  return [(batch["row_ids"][i], table) for i, table in enumerate(tables)]
+def fetch_rows(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[Fetched, tuple, tuple]:
+  """The rows of a batch, and the tables and their states once these rows are up to date."""
+  if not state.tables:
+    return Fetched((), (), ()), (), ()
+  return recipe.rows.fetch(state.tables, state.row_optimizers, batch["row_ids"])
+
+
+def collect_rows(recipe: Recipe, tables: tuple, fetched: Fetched, d_rows: tuple) -> Summed:
+  """The rows' gradients where the rows lie."""
+  if not tables:
+    return Summed((), (), jnp.float32(0), (), jnp.int32(0))
+  return recipe.rows.collect(tables, fetched, d_rows)
 
 
 def loss_and_grads(
-  recipe: Recipe, state: TrainState, rows: tuple, inverses: tuple, batch: Batch
+  recipe: Recipe, state: TrainState, fetched: Fetched, batch: Batch
 ) -> tuple[Any, dict]:
   """((d_params, d_rows), out): the mean loss per target token, summed over micro-batches."""
   inputs = {k: batch[k] for k in ("tokens", "targets", "mask", "segments", "positions")}
-  inputs["inverses"] = inverses
+  inputs["inverses"] = fetched.inverses
   tokens = jnp.maximum(batch["mask"].sum(), 1).astype(jnp.float32)
   grad = jax.value_and_grad(_loss, argnums=(0, 1), has_aux=True)
-  run = lambda micro: grad(state.params, rows, state.biases, micro, tokens, recipe)
+  run = lambda micro: grad(state.params, fetched.rows, state.biases, micro, tokens, recipe)
   parts = recipe.config.train.accumulate
   if parts == 1:
     (loss, out), grads = run(inputs)
   else:
-    split = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), inputs)
+    split = jax.tree.map(lambda x: _micro_batches(x, parts, recipe.batch_shards), inputs)
     first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, _row(split)))
     total, _ = jax.lax.scan(
       lambda sum_, m: (jax.tree.map(jnp.add, sum_, run(m)), None), first, split
@@ -86,18 +99,32 @@ def loss_and_grads(
   return grads, out | {"loss": loss, "tokens": tokens}
 
 
+def _micro_batches(x: jax.Array, parts: int, shards: int) -> jax.Array:
+  """[B, ...] -> [parts, B / parts, ...]; every device cuts up what it has, so nothing travels."""
+  cut = x.reshape(shards, parts, x.shape[0] // (shards * parts), *x.shape[1:])
+  return cut.swapaxes(0, 1).reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
+
 def _row(split: Any) -> Any:
   return jax.tree.map(lambda x: x[0], split)
 
 
 def _loss(params, rows, biases, batch, tokens, recipe: Recipe) -> tuple[jax.Array, dict]:
   model = recipe.model(params, biases)
-  rows_BTM = tuple(expand(r, inv) for r, inv in zip(rows, batch["inverses"], strict=True))
+  rows_BTM = tuple(
+    expand_rows(recipe.spread, r, inverse)
+    for r, inverse in zip(rows, batch["inverses"], strict=True)
+  )
   hidden_BTD, probes = model(
-    batch["tokens"], rows_BTM, segments_BT=batch["segments"], positions_BT=batch["positions"]
+    batch["tokens"],
+    rows_BTM,
+    segments_BT=batch["segments"],
+    positions_BT=batch["positions"],
+    mesh=recipe.mesh,
   )
   train = recipe.config.train
-  loss, aux = chunked_cross_entropy(
+  loss, aux = cross_entropy_on(
+    recipe.spread,
     hidden_BTD,
     model.head_DV,
     batch["targets"],
@@ -118,7 +145,9 @@ def balanced(recipe: Recipe, biases: Any, loads: tuple[jax.Array, ...]) -> Any:
   )
 
 
-def metrics(recipe: Recipe, state: TrainState, out: dict, norm: jax.Array, ids: list) -> dict:
+def metrics(
+  recipe: Recipe, state: TrainState, out: dict, norm: jax.Array, summed: Summed, batch: Batch
+) -> dict:
   """Scalars of the step just taken. Balance is the busiest expert's load over the mean load."""
   values = {
     "loss": out["nll"],
@@ -128,9 +157,15 @@ def metrics(recipe: Recipe, state: TrainState, out: dict, norm: jax.Array, ids: 
     "nonfinite_in_row": state.bad_in_row,
     "nonfinite_total": state.bad_total,
   }
-  for layer, gate, unique in zip(recipe.config.model.engram.layers, out["gate"], ids, strict=True):
+  for layer, gate, count in zip(
+    recipe.config.model.engram.layers, out["gate"], summed.count, strict=True
+  ):
     values[f"gate_mean/layer_{layer}"] = gate
-    values[f"unique_rows/layer_{layer}"] = unique.count / unique.inverse.size
+    values[f"unique_rows/layer_{layer}"] = count / batch["row_ids"][0].size
+  if recipe.spread is not None and summed.count:
+    values["exchange_rounds"] = summed.rounds
+  if "stop" in batch:  # some process was told to stop: all learn it from the same step
+    values["stop"] = batch["stop"].max()
   if out["load"]:
     values["expert_balance"] = jnp.stack([x.max() * x.shape[0] for x in out["load"]]).mean()
   return values
