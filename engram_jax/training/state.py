@@ -13,7 +13,8 @@ from engram_jax.memory.table import init_table
 from engram_jax.model.lm import LM
 from engram_jax.model.moe import RouterBias
 from engram_jax.training.optimizer import backbone_optimizer
-from engram_jax.training.rows import TouchedRows, touched_row_adam
+from engram_jax.training.rows.choose import row_optimizer
+from engram_jax.training.rows.form import TouchedRows
 from engram_jax.training.schedule import learning_rate
 
 
@@ -57,12 +58,7 @@ def make_recipe(cfg: Config) -> Recipe:
   graphdef, params, _ = nnx.split(model, nnx.Param, RouterBias)
   optimizer = cfg.train.optimizer
   schedule = learning_rate(cfg.train.schedule, optimizer.learning_rate, cfg.train.steps)
-  rows = touched_row_adam(
-    lambda step: optimizer.table_rate * schedule(step),
-    b1=optimizer.beta1,
-    b2=optimizer.beta2,
-    eps=optimizer.eps,
-  )
+  rows = row_optimizer(optimizer, schedule)
   backbone = backbone_optimizer(optimizer, schedule, nnx.to_pure_dict(params))
   return Recipe(cfg, graphdef, backbone, rows, schedule)
 
