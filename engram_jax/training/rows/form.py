@@ -43,6 +43,11 @@ class TouchedRows(NamedTuple):
   prepare: Callable = _as_they_are
   flush: Callable = _as_they_are
 
+  @property
+  def lags(self) -> bool:
+    """Whether rows may be behind until `prepare` or `flush` brings them up to date."""
+    return self.prepare is not _as_they_are
+
 
 def rate_at(learning_rate: LearningRate, step: jax.Array) -> jax.Array | float:
   """The learning rate of a 0-based step."""
