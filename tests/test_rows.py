@@ -160,6 +160,10 @@ def test_the_same_step_gives_the_same_bits(kind):
   chex.assert_trees_all_equal(_bits(runs[0]), _bits(runs[1]))
 
 
+def test_rows_lag_where_the_optimizer_catches_up_and_nowhere_else():
+  assert [kind for kind in KINDS if OPTIMIZERS[kind].lags] == ["adam_catch_up"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tables_learn_at_their_own_rate(kind):
   """table_rate times the schedule's learning rate."""

@@ -84,10 +84,11 @@ def test_eight_shards_give_what_one_device_gives(kind, dtype):
   one = jax.jit(optimizer.flush)(*one)
 
   for a, b in zip(jax.tree.leaves(shards), jax.tree.leaves(one), strict=True):
+    spacing = 2**-7 if a.dtype == jnp.bfloat16 else 1e-6
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    # Sums over devices round differently, and now and then that decides a stochastic rounding.
-    if dtype == jnp.bfloat16:
-      assert (a != b).mean() < (0.02 if kind == "sinkhorn" else 1e-9)
-    np.testing.assert_allclose(a, b, atol=1e-6, rtol=2**-7 if dtype == jnp.bfloat16 else 1e-6)
+    np.testing.assert_allclose(a, b, atol=1e-6, rtol=spacing)
+    # A sum over a row or over devices may round differently; the noise may not.
+    if spacing == 2**-7:
+      assert (a != b).mean() <= (0.02 if kind in ("adagrad", "sinkhorn") else 0)
   assert shards[1].count == STEPS - 1
   assert shards[0].sharding == NamedSharding(mesh, BY_ROWS)

@@ -9,6 +9,9 @@ does not depend on how the table is divided, on U, or on the other rows of the b
 each of the four in turn and mixes with the 32-bit finaliser of MurmurHash3, in which every bit of
 the input moves every bit of the output half of the time; two multiplications a number, where
 threefry would take ten times the work.
+
+On TPU both types are written in place. XLA's CPU backend has no scatter of bfloat16: there, and
+only there, a step on a bfloat16 table makes a float32 copy of it.
 """
 
 import jax
