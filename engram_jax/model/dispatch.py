@@ -13,7 +13,9 @@ itself, forward and backward, is to be ignored.
 `dense_experts` is the plain reference, with E / K times the work. `blocked_experts` is for CPUs,
 where XLA has no grouped product: assignments are sorted by expert, each expert's run is padded to
 whole blocks, and a loop takes one block at a time through its expert, forward and backward.
-`ragged_experts` is for accelerators, whose compilers turn `ragged_dot` into a grouped product.
+`ragged_experts` is for accelerators, whose compilers turn `ragged_dot` into a grouped product: the
+TPU compiler does for v4 and v5p; for v5e, v6e and tpu7x (libtpu of jax 0.10.2) it multiplies every
+row by every expert of the device, E times the work.
 """
 
 from collections.abc import Callable
