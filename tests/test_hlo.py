@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engram_jax.core import hlo
+from engram_jax.core.hlo_cost import Rates, cost, kernels
 from engram_jax.core.hlo_loops import executions, trip_count
 from engram_jax.core.hlo_text import Array, arrays_of, bits, parse
 
@@ -157,3 +158,25 @@ def test_text_that_is_no_program():
     hlo.collectives("nothing")
   with pytest.raises(ValueError, match=r"ends inside 'main.5_spmd'"):
     hlo.collectives(TPU[:-3])
+
+
+def test_what_xla_does_not_know_gets_its_second_back():
+  text = TPU.replace('"tpu_custom_call"', '"ConcatBitcast"')
+  plain, corrected = (cost(made, Rates(1e12, 1e12)) for made in (TPU, text))
+  assert corrected.missing_seconds == pytest.approx(plain.missing_seconds + 1)
+  assert (plain.uncounted, corrected.uncounted) == (("kernel",), ())
+
+
+def test_attention_kernels_count_the_causal_half():
+  B, H, T, D, E = 2, 3, 256, 192, 128
+  text = TPU.replace("%kernel = bf16[8,128]{1,0} custom-call(%y)", KERNEL)
+  forward = cost(text, Rates(1e12, 1e12))
+  assert forward.flops == 2 * B * H * T * T * (D + E) // 2
+  assert kernels(text) == {"splash_mha_fwd_segmented_residuals": 1}
+
+
+KERNEL = """%block = s8[1,32,32]{2,1,0} constant({...})
+  %query = bf16[2,3,256,192]{3,2,1,0} constant({...})
+  %value = bf16[2,3,256,128]{3,2,1,0} constant({...})
+  %splash_mha_fwd_segmented_residuals.7 = bf16[2,3,256,128]{3,2,1,0} custom-call(%block, %query, \
+%query, %value)"""

@@ -205,6 +205,7 @@ def show_device(plan: dict[str, Any], table: Callable[..., None]) -> None:
   step = [
     ("FLOP a step", f"{plan['flops']:.4g}"),
     ("seconds a step, compiler's estimate", f"{plan['optimal_seconds']:.4g}"),
+    ("the same, gathers as slow as their rows", f"{plan['modelled_seconds']:.4g}"),
     ("seconds to compile", f"{plan['compile_seconds']:.1f}"),
     *((name, f"{count:,} calls") for name, count in plan["kernels"].items()),
   ]

@@ -27,11 +27,12 @@ def compile_report(
 ) -> dict[str, Any]:
   """Everything the compiler says about `lower(cfg, mesh)` on the topology; JSON-able.
 
-  All numbers are of one device and one step. `flops` and `optimal_seconds` count the trips of
-  loops; `optimal_seconds` is XLA's (each instruction as slow as its FLOPs or its memory traffic,
-  one after the other; the interconnect is not in it). `collectives` sums, by kind, executions and
-  bytes (`core.hlo.Collective`); `uncertain` of them stand in a loop whose trip count depends on
-  data (counted once) or in a branch. `uncounted_kernels` are in no FLOPs.
+  All numbers are of one device and one step. `flops` and the seconds count the trips of loops.
+  `optimal_seconds` is XLA's: each instruction as slow as its FLOPs or its memory traffic, one after
+  the other; the interconnect is not in it, and a gather is as slow as reading its whole table.
+  `modelled_seconds` is the same with gathers as slow as their rows. `collectives` sums, by kind,
+  executions and bytes (`core.hlo.Collective`); `uncertain` of them stand in a loop whose trip count
+  depends on data (counted once) or in a branch. `uncounted_kernels` are in no FLOPs.
 
   Of a program that does not fit and that the compiler gives up on, `bytes_per_device` has only the
   `total` that it would need, and the rest is null.
@@ -68,6 +69,7 @@ def program_report(compiled: jax.stages.Compiled, text: str, rates: Rates) -> di
     "collectives": by_kind(collectives(text)),
     "flops": spent.flops,
     "optimal_seconds": told + spent.missing_seconds,
+    "modelled_seconds": spent.modelled_seconds,
     "kernels": kernels(text),
     "uncounted_kernels": list(spent.uncounted),
   }
@@ -84,8 +86,8 @@ def oversized_report(
     return program_report(*compile_with_text(lowered, OVERSIZED), rates)
   except jax.errors.JaxRuntimeError:
     total = int(float(needs[1]) * 1024 ** " KMG".index(needs[2]))
-    rest = ("collectives", "flops", "optimal_seconds", "kernels", "uncounted_kernels")
-    return {"bytes_per_device": {"total": total}, **dict.fromkeys(rest)}
+    rest = ("collectives", "flops", "optimal_seconds", "modelled_seconds", "kernels")
+    return {"bytes_per_device": {"total": total}, **dict.fromkeys((*rest, "uncounted_kernels"))}
 
 
 def bytes_per_device(compiled: jax.stages.Compiled) -> dict[str, int]:
