@@ -5,9 +5,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
+from jax.sharding import Mesh
 
 from engram_jax.config import OptimizerConfig
+from engram_jax.training.muon import scale_by_muon
 from engram_jax.training.schedule import Schedule
 
 ADAM_RMS = 0.2  # of an Adam update, in units of the learning rate (arXiv 2502.16982)
@@ -46,12 +47,12 @@ RULES = (
 
 
 def backbone_optimizer(
-  cfg: OptimizerConfig, schedule: Schedule, params: Any
+  cfg: OptimizerConfig, schedule: Schedule, params: Any, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
   """Muon on matrices and AdamW on everything else, at one learning rate.
 
   Muon (https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of a matrix by
-  Newton-Schulz iterations, all experts of a layer in one batched product, and here scales it by
+  Newton-Schulz iterations (training/muon.py), and here scales it by
   0.2 sqrt(max(in, out)), so that its entries move as far as Adam's would (arXiv 2502.16982): one
   learning rate and one weight decay serve both.
 
@@ -59,6 +60,7 @@ def backbone_optimizer(
     cfg: betas, momentum, weight decay, Newton-Schulz iterations.
     schedule: the learning rate of a 0-based step.
     params: the tree to be trained (arrays or their shapes), checked against the rules here.
+    mesh: the devices that share the orthogonalisation.
 
   Raises:
     ValueError: a parameter that no rule names, with its path and shape.
@@ -66,9 +68,7 @@ def backbone_optimizer(
   parameter_groups(params)
   adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
   decay = optax.add_decayed_weights(cfg.weight_decay)
-  muon = scale_by_muon(
-    ns_steps=cfg.newton_schulz_steps, beta=cfg.momentum, weight_dimension_numbers=_matrices
-  )
+  muon = scale_by_muon(_axes, cfg.newton_schulz_steps, cfg.momentum, mesh)
   groups = {
     "muon": optax.chain(muon, _scale_to_adam(), decay),
     "adam": optax.chain(adam, decay),
@@ -84,13 +84,8 @@ def parameter_groups(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, x: _rule(path, x).group, params)
 
 
-def _matrices(params: Any) -> Any:
-  return jax.tree_util.tree_map_with_path(lambda path, x: _matrix(_rule(path, x)), params)
-
-
-def _matrix(rule: Rule) -> MuonDimensionNumbers:
-  places = {letter: [i for i, axis in enumerate(rule.axes) if axis == letter] for letter in "IO"}
-  return MuonDimensionNumbers(tuple(places["I"]), tuple(places["O"]))
+def _axes(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda path, x: _rule(path, x).axes, params)
 
 
 def _scale_to_adam() -> optax.GradientTransformation:

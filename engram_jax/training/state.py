@@ -86,7 +86,7 @@ def make_recipe(cfg: Config, layout: HashLayout | None = None, mesh: Mesh | None
   graphdef, params, _ = nnx.split(model, nnx.Param, RouterBias)
   optimizer = cfg.train.optimizer
   schedule = learning_rate(cfg.train.schedule, optimizer.learning_rate, cfg.train.steps)
-  backbone = backbone_optimizer(optimizer, schedule, nnx.to_pure_dict(params))
+  backbone = backbone_optimizer(optimizer, schedule, nnx.to_pure_dict(params), mesh)
   rows = _rows(cfg, row_optimizer(optimizer, schedule), mesh)
   recipe = Recipe(cfg, graphdef, backbone, rows, schedule, mesh)
   if recipe.spread is None:
