@@ -149,9 +149,7 @@ import jax, jax.numpy as jnp, numpy as np
 from engram_jax.core.mesh import batch_sharding, make_mesh
 from engram_jax.memory.table import init_table, lookup, lookup_reference, table_sharding
 mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-make = jax.jit(lambda: init_table(jax.random.key(0), 3000, 4, std=1.0),
-               out_shardings=table_sharding(mesh))
-table = make()
+table = init_table(jax.random.key(0), 3000, 4, std=1.0, mesh=mesh)
 assert table.sharding.shard_shape(table.shape) == (3072 // 8, 4)
 ids = jax.random.randint(jax.random.key(1), (8, 5, 3), 0, 3000)
 whole = jnp.asarray(np.asarray(table))

@@ -41,7 +41,7 @@ def padded_rows(rows: int, devices: int = 1) -> int:
   return -(-rows // multiple) * multiple
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "width", "std", "dtype", "devices"))
+@functools.partial(jax.jit, static_argnames=("rows", "width", "std", "dtype", "mesh"))
 def init_table(
   key: jax.Array,
   rows: int,
@@ -49,16 +49,38 @@ def init_table(
   *,
   std: float,
   dtype: jax.typing.DTypeLike = jnp.float32,
-  devices: int = 1,
+  mesh: Mesh | None = None,
 ) -> jax.Array:
   """A table [R_padded, C]: `rows` rows drawn from N(0, std^2), then zeros.
 
-  The rows are the same for any `devices`, which only pads (see `padded_rows`).
-  To make it sharded from the start, jit a call of it with `out_shardings=table_sharding(mesh)`.
+  A row's numbers follow from the key and its id, so they are the same on any mesh. Rows are made a
+  few thousand at a time: at its peak this holds little more than the table.
+
+  mesh: makes it sharded as `table_sharding` says, each device its own rows.
   """
-  shape = (padded_rows(rows, devices), width)
-  values_RC = std * jax.random.normal(key, shape, jnp.float32)
-  return jnp.where(jnp.arange(shape[0])[:, None] < rows, values_RC, 0).astype(dtype)
+  if mesh is None or mesh.size == 1:
+    return _init_rows(key, 0, padded_rows(rows), rows, width, std, dtype)
+  own = padded_rows(rows, mesh.size) // mesh.size
+
+  def run(key: jax.Array) -> jax.Array:
+    first = jax.lax.axis_index(mesh.axis_names) * own
+    return _init_rows(key, first, own, rows, width, std, dtype)
+
+  spec = PartitionSpec(mesh.axis_names)
+  run = jax.shard_map(run, mesh=mesh, in_specs=PartitionSpec(), out_specs=spec, check_vma=False)
+  return run(key)
+
+
+def _init_rows(key, first, count: int, rows: int, width: int, std: float, dtype) -> jax.Array:
+  """Rows `first` to `first + count - 1` of a table with `rows` rows before its padding."""
+  chunk = math.gcd(count, 4096)
+
+  def some(start: jax.Array) -> jax.Array:
+    ids = first + start + jnp.arange(chunk)
+    draw = lambda i: std * jax.random.normal(jax.random.fold_in(key, i), (width,))
+    return jnp.where((ids < rows)[:, None], jax.vmap(draw)(ids), 0).astype(dtype)
+
+  return jax.lax.map(some, jnp.arange(0, count, chunk)).reshape(count, width)
 
 
 def table_sharding(mesh: Mesh) -> NamedSharding:

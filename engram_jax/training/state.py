@@ -144,8 +144,7 @@ def init_state(recipe: Recipe, layout: HashLayout | None) -> TrainState:
 
 
 def _initial(recipe: Recipe, layout: HashLayout | None, seed: jax.Array) -> TrainState:
-  cfg, devices = recipe.config, 1 if recipe.mesh is None else recipe.mesh.size
-  engram = cfg.model.engram
+  cfg, engram = recipe.config, recipe.config.model.engram
   key = jax.random.key(seed)
   model = LM(cfg.model, rngs=nnx.Rngs(jax.random.fold_in(key, 0)))
   _, params, biases = nnx.split(model, nnx.Param, RouterBias)
@@ -157,7 +156,7 @@ def _initial(recipe: Recipe, layout: HashLayout | None, seed: jax.Array) -> Trai
       engram.row_width,
       std=cfg.model.init_std,
       dtype=jnp.dtype(engram.table_dtype),
-      devices=devices,
+      mesh=recipe.spread,
     )
     for layer in engram.layers
   )
