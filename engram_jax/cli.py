@@ -34,7 +34,13 @@ def parse_config(prog: str, description: str, args: Sequence[str] | None = None)
   base = load_config(known.config)
   about = f"{description}\n\n--config FILE sets the defaults below (now: {known.config})."
   tree = tyro.cli(
-    Config, prog=prog, description=about, args=rest, default=base, registry=_plain_dicts()
+    Config,
+    prog=prog,
+    description=about,
+    args=rest,
+    default=base,
+    registry=_plain_dicts(),
+    config=(tyro.conf.FlagConversionOff,),  # `--field True`, as for every other field
   )
   return build(tree, where="command line")
 
