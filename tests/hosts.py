@@ -15,7 +15,11 @@ import engram_jax
 ROOT = pathlib.Path(engram_jax.__file__).parents[1]
 
 START = """
+import os
 import sys
+# The C++ side of collectives writes to descriptor 1 in the middle of our lines: send it to 2.
+sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
 import jax
 import jax.numpy as jnp
 import numpy as np

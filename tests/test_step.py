@@ -49,7 +49,10 @@ def test_a_step_moves_every_matrix_and_only_the_touched_rows(world):
   batch = batch_at(data, 2)
   new, metrics = step(own(state), batch)
   still = jax.tree.map(lambda a, b: bool((a == b).all()), state.params, new.params)
-  assert not any(jax.tree.leaves(still)), still
+  stayed = {jax.tree_util.keystr(path) for path, s in jax.tree.leaves_with_path(still) if s}
+  # Mixing the streams changes nothing where they are still copies of one another, nor in the last
+  # block, after which they are averaged: there the gradient is zero up to rounding.
+  assert all("_res']" in path for path in stayed), stayed
   touched = np.unique(batch["row_ids"][0])
   moved = np.flatnonzero((np.asarray(state.tables[0]) != np.asarray(new.tables[0])).any(-1))
   np.testing.assert_array_equal(moved, touched)
@@ -109,17 +112,17 @@ def test_micro_batches_add_up_to_the_whole_batch(world):
   recipe, data, step, state = world
   train = recipe.config.train.model_copy(update={"accumulate": 2})
   parts = make_train_step(recipe._replace(config=recipe.config.model_copy(update={"train": train})))
-  one, two = own(state), own(state)
-  for i in range(2, 5):
+  for i in range(2, 5):  # each from the same state: a gate's slope near zero sets runs apart
     batch = batch_at(data, i)
     batch = batch | {"mask": np.array(batch["mask"])}
     batch["mask"][0, 8:] = False  # the halves have different numbers of targets
-    one, whole = step(one, batch)
-    two, halves = parts(two, batch)
-    chex.assert_trees_all_close(halves, whole, rtol=2e-5, atol=1e-6)
-  chex.assert_trees_all_close(two.params, one.params, atol=1e-5)
-  chex.assert_trees_all_close(two.tables, one.tables, atol=1e-5)
-  chex.assert_trees_all_close(two.biases, one.biases, atol=1e-6)
+    one, whole = step(own(state), batch)
+    two, halves = parts(own(state), batch)
+    chex.assert_trees_all_close(halves, whole, rtol=5e-4, atol=1e-6)
+    chex.assert_trees_all_close(two.params, one.params, atol=1e-5)
+    chex.assert_trees_all_close(two.tables, one.tables, atol=1e-5)
+    chex.assert_trees_all_close(two.biases, one.biases, atol=1e-6)
+    state = one
 
 
 def test_memory_off_is_a_table_of_zeros(world):
