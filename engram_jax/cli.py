@@ -18,7 +18,7 @@ from tyro.constructors import (
 )
 
 from engram_jax.config import Config, build, load_config
-from engram_jax.errors import EngramError
+from engram_jax.errors import ConfigError, EngramError
 
 DEFAULT_CONFIG = "configs/tiny.yaml"
 
@@ -31,6 +31,7 @@ def parse_config(prog: str, description: str, args: Sequence[str] | None = None)
   first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   first.add_argument("--config", default=DEFAULT_CONFIG)
   known, rest = first.parse_known_args(args)
+  _refuse_repeated(rest)
   base = load_config(known.config)
   about = f"{description}\n\n--config FILE sets the defaults below (now: {known.config})."
   tree = tyro.cli(
@@ -43,6 +44,16 @@ def parse_config(prog: str, description: str, args: Sequence[str] | None = None)
     config=(tyro.conf.FlagConversionOff,),  # `--field True`, as for every other field
   )
   return build(tree, where="command line")
+
+
+def _refuse_repeated(args: Sequence[str]) -> None:
+  """An option given twice contradicts itself; the parser would take the last without a word."""
+  seen = set()
+  for word in args:
+    name = word.split("=", 1)[0].replace("-", "_")
+    if word.startswith("--") and name in seen:
+      raise ConfigError(f"command line: {word.split('=', 1)[0]} is given twice: give it once")
+    seen.add(name)
 
 
 def run_command(main: Callable[[], int | None]) -> None:
