@@ -25,13 +25,16 @@ MAY_IMPORT = {
 }
 MAY_IMPORT |= {room: {*MAY_IMPORT["model"], "model"} for room in ("training", "inference")}
 MAY_IMPORT["analysis"] = MAY_IMPORT["training"]
+MAY_IMPORT["interop"] = BASE | {"core", "memory"}
 MAY_IMPORT["research"] = {*MAY_IMPORT["training"], "data", "training", "inference", "analysis"}
-MAY_IMPORT["commands"] = {*MAY_IMPORT["research"], "research", "cli"}
+MAY_IMPORT["commands"] = {*MAY_IMPORT["research"], "research", "interop", "cli"}
 MAY_IMPORT["__init__"] = set()
 MAY_IMPORT["__main__"] = {"cli", "commands"}
 
 # Modules that a process without jax (a data worker, a server's tokenizer) can import.
-WITHOUT_JAX = [f"memory/{name}.py" for name in ("compress", "dialects", "primes", "hashing")]
+WITHOUT_JAX = [
+  f"memory/{name}.py" for name in ("codecs", "compress", "dialects", "primes", "hashing")
+]
 WITHOUT_JAX += [str(path.relative_to(PACKAGE)) for path in sorted((PACKAGE / "data").glob("*.py"))]
 
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

@@ -136,6 +136,7 @@ def test_mistakes_about_topologies_leave_with_code_2_before_compiling():
     (("--topology", "v5p:banana"), "'v5p:banana' is none of the known ones: v4:{2x2x1,"),
     (("--topology", "v5p:4x4x4", "--mesh.fsdp", "3"), "mesh.fsdp=3"),
     (("--topology", "v5p:4x4x4", "--train.batch_size", "100"), "batch_size"),
+    (("--topology", "v5p:4x4x4", "--effort", "fast"), "'fast' is none of O0, O1, O2, O3"),
   ):
     done = command(*engram, *words)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr

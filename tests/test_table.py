@@ -22,7 +22,7 @@ from engram_jax.memory.table import (
   padded_rows,
   table_sharding,
 )
-from engram_jax.memory.unique import FILL, expand, take_rows, unique_rows
+from engram_jax.memory.unique import FILL, _by_place, expand, take_rows, unique_rows
 
 ROWS, C = 37, 5
 
@@ -87,6 +87,7 @@ def test_bad_ids_are_refused_where_they_enter():
 
 
 unique_in_jit = jax.jit(unique_rows, static_argnums=1)
+by_place = jax.jit(_by_place, static_argnums=1)
 
 
 @hypothesis.settings(deadline=None, max_examples=60)
@@ -103,6 +104,10 @@ def test_unique_rows_equal_numpy(ids, rows):
   np.testing.assert_array_equal(unique.ids_U[: len(expected)], expected)
   np.testing.assert_array_equal(unique.ids_U[len(expected) :], FILL)
   np.testing.assert_array_equal(unique.inverse, inverse.reshape(ids.shape))
+  elsewhere = by_place(ids.reshape(-1), min(ids.size, rows))  # than on CPU, where it also runs
+  np.testing.assert_array_equal(elsewhere.ids_U, unique.ids_U)
+  np.testing.assert_array_equal(elsewhere.inverse, inverse.reshape(-1))
+  assert elsewhere.count == unique.count
 
 
 def test_distinct_rows_expand_to_the_lookup(table):

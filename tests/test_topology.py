@@ -14,6 +14,7 @@ from engram_jax.commands.plan_compile import compile_report
 from engram_jax.config import load_config
 from engram_jax.core.hlo import compile_with_text
 from engram_jax.core.hlo_cost import cost
+from engram_jax.core.hlo_layout import laid_out, sizes
 from engram_jax.core.mesh import make_mesh
 from engram_jax.core.topology import ENVIRONMENT, GENERATIONS, abstract_devices, topology
 from engram_jax.errors import ConfigError
@@ -127,9 +128,12 @@ SMALL = {"train.batch_size": 4, "mesh.fsdp": 2}
 
 
 @needs_compiler
-def test_a_report_of_one_device():
+@pytest.mark.parametrize("effort", ["O1", "O2"])
+def test_a_report_of_one_device(effort):
+  """With less effort the compiler makes the same state, sends and FLOPs of a program."""
   wanted = topology("v5e:2x2")
-  found = compile_report(stand_in, load_config("configs/tiny.yaml", SMALL), wanted)
+  found = compile_report(stand_in, load_config("configs/tiny.yaml", SMALL), wanted, effort)
+  assert found["effort"] == effort
   assert (found["topology"], found["devices"]) == ("v5e:2x2", 4)
   assert found["mesh"] == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 1}
   memory = found["bytes_per_device"]
@@ -144,6 +148,49 @@ def test_a_report_of_one_device():
   assert found["optimal_seconds"] > 0
   assert found["compile_seconds"] > 0
   assert (found["kernels"], found["uncounted_kernels"]) == ({}, [])
+
+
+@needs_compiler
+def test_without_code_the_report_is_the_same_but_for_what_code_tells():
+  cfg, wanted = load_config("configs/tiny.yaml", SMALL), topology("v5e:2x2")
+  whole = compile_report(stand_in, cfg, wanted)
+  early = compile_report(stand_in, cfg, wanted, code=False)
+  later = ("code", "compile_seconds", "optimal_seconds", "bytes_per_device")
+  rest = lambda found: {k: v for k, v in found.items() if k not in later}
+  assert rest(early) == rest(whole)
+  assert (early["code"], early["optimal_seconds"]) == (False, None)
+  sizes, program = whole["bytes_per_device"], whole["bytes_per_device"]["program"]
+  assert early["bytes_per_device"]["arguments"] == sizes["arguments"]
+  assert early["bytes_per_device"]["donated"] == sizes["donated"]
+  assert early["bytes_per_device"]["total"] == pytest.approx(sizes["total"] - program, abs=2**15)
+
+
+def refused(cfg, mesh):
+  raise ConfigError("not like this")
+
+
+def test_a_mistake_while_lowering_comes_back_from_the_compilers_process():
+  with pytest.raises(ConfigError, match="not like this"):
+    laid_out(refused, (None, None), {})
+
+
+def test_sizes_are_those_of_main_memory():
+  """Color 0 or none; what is given and comes back counts in both."""
+  layout = """BufferAssignment:
+allocation 0: size 32, page 0, thread-local:
+ value: <1 p @0> (size=32,offset=0): f32[8]
+allocation 1: size 1000, page 0, parameter 0, shape |f32[250]| at ShapeIndex {}, maybe-live-out:
+allocation 2: size 200, page 0, parameter 1, shape |f32[50]| at ShapeIndex {}:
+allocation 3: size 40, page 0, maybe-live-out:
+allocation 4: size 7, color 1, page 0, preallocated-temp:
+allocation 5: size 3000, page 0, preallocated-temp:
+"""
+  assert sizes(layout) == {
+    "arguments": 1200,
+    "temporaries": 3000,
+    "output": 1040,
+    "donated": 1000,
+  }
 
 
 @needs_compiler

@@ -2,7 +2,8 @@
 
 No array is made and jax is not imported, so that a model too large for this machine, or for any,
 takes as long as a small one. `--topology v5p:4x4x8` divides it over a TPU slice; `--compile` with
-it asks the TPU compiler instead (commands/plan_compile.py), which needs no TPU.
+it asks the TPU compiler instead (commands/plan_compile.py), which needs no TPU. `--no-code` ends it
+once all but the machine code is settled, in a fraction of the time.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from engram_jax.memory.dialects import HashLayout
 from engram_jax.model.counts import Counts, count, flops_per_token, table_layout
 
 PAD_MULTIPLE = 1024  # as in memory/table.py, which imports jax; a test holds the two equal
+EFFORTS, USUAL_EFFORT = ("O0", "O1", "O2", "O3"), "O2"
 
 SUMS = {
   "total_parameters": "one vocabulary matrix (the head), all blocks, the tables: the paper's total",
@@ -49,19 +51,29 @@ def main(args: Sequence[str]) -> int:
   first.add_argument("--json", action="store_true")
   first.add_argument("--topology")
   first.add_argument("--compile", action="store_true")
+  first.add_argument("--effort")
+  first.add_argument("--no-code", action="store_true")
   own, rest = first.parse_known_args(args)
   about = (
     "What a config would cost. --json prints one object on stdout instead of tables. --topology "
     "v5p:4x4x8 divides it over a TPU slice; with --compile the TPU compiler says what one device "
-    "holds, sends and computes."
+    "holds, sends and computes. --no-code ends it before it makes machine code, in a fraction "
+    "of the time. --effort O0 to O3 is how hard it tries: O2, the default, as in training."
   )
   cfg = parse_config("python -m engram_jax plan", about, rest)
   if own.compile and own.topology is None:
     raise ConfigError("--compile needs --topology, the devices to compile for: v5p:4x4x8")
+  if not own.compile and (own.effort is not None or own.no_code):
+    raise ConfigError("--effort and --no-code are the compiler's: they need --compile")
+  if own.effort not in (None, *EFFORTS):
+    raise ConfigError(f"--effort {own.effort!r} is none of {', '.join(EFFORTS)}")
   plan = make_plan(cfg)
   if own.topology is not None:
     wanted = topology(own.topology)
-    plan |= compiled_plan(cfg, wanted) if own.compile else divided_plan(cfg, wanted, plan["bytes"])
+    if own.compile:
+      plan |= compiled_plan(cfg, wanted, own.effort or USUAL_EFFORT, code=not own.no_code)
+    else:
+      plan |= divided_plan(cfg, wanted, plan["bytes"])
   if own.json:
     print(json.dumps(plan, indent=2))
   else:
@@ -140,14 +152,14 @@ def divided_plan(cfg: Config, wanted: Topology, sizes: dict[str, int]) -> dict[s
   }
 
 
-def compiled_plan(cfg: Config, wanted: Topology) -> dict[str, Any]:
+def compiled_plan(cfg: Config, wanted: Topology, effort: str, code: bool) -> dict[str, Any]:
   """What the TPU compiler says of the real train step; see `compile_report`."""
   cfg.mesh_sizes(wanted.devices)
   os.environ["JAX_PLATFORMS"] = "cpu"  # a TPU that is here belongs to whoever trains on it
   from engram_jax.commands.plan_compile import compile_report
   from engram_jax.training.lowering import lower_train_step
 
-  return compile_report(lower_train_step, cfg, wanted)
+  return compile_report(lower_train_step, cfg, wanted, effort, code)
 
 
 def show(plan: dict[str, Any]) -> None:
@@ -204,9 +216,16 @@ def show_device(plan: dict[str, Any], table: Callable[..., None]) -> None:
   table("Collectives in a step, one device", ("kind", "executions", "bytes"), moved)
   step = [
     ("FLOP a step", f"{plan['flops']:.4g}"),
-    ("seconds a step, compiler's estimate", f"{plan['optimal_seconds']:.4g}"),
+    ("seconds a step, compiler's estimate", _number(plan["optimal_seconds"])),
     ("the same, gathers as slow as their rows", f"{plan['modelled_seconds']:.4g}"),
-    ("seconds to compile", f"{plan['compile_seconds']:.1f}"),
+    (
+      f"seconds to {'compile' if plan['code'] else 'lay out'}, effort {plan['effort']}",
+      f"{plan['compile_seconds']:.1f}",
+    ),
     *((name, f"{count:,} calls") for name, count in plan["kernels"].items()),
   ]
   table("A step, one device", ("", "number"), step)
+
+
+def _number(x: float | None) -> str:
+  return "not known without code" if x is None else f"{x:.4g}"

@@ -5,7 +5,7 @@ What the compiler says of one device: memory, what it sends, FLOPs, its own esti
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,19 +13,28 @@ import jax
 from engram_jax.config import Config
 from engram_jax.core.hlo import Collective, collectives, compile_with_text
 from engram_jax.core.hlo_cost import Rates, cost, kernels
+from engram_jax.core.hlo_layout import laid_out
 from engram_jax.core.mesh import make_mesh
 from engram_jax.core.topology import Topology, abstract_devices
+
+Lower = Callable[[Config, jax.sharding.Mesh], jax.stages.Lowered]
 
 # Compile a program that does not fit all the same, where the compiler can: not past some sizes.
 OVERSIZED = {"xla_tpu_no_crash_on_oom": True}
 
 
 def compile_report(
-  lower: Callable[[Config, jax.sharding.Mesh], jax.stages.Lowered],
+  lower: Lower,
   cfg: Config,
   wanted: Topology,
+  effort: str = "O2",
+  code: bool = True,
 ) -> dict[str, Any]:
   """Everything the compiler says about `lower(cfg, mesh)` on the topology; JSON-able.
+
+  effort: XLA's optimization level, "O0" to "O3"; O2 is its default, which a training run compiles
+  with. Lower ones leave out passes over the program: it computes the same, in other buffers and in
+  another order, so what is said of memory and time is of that program.
 
   All numbers are of one device and one step. `flops` and the seconds count the trips of loops.
   `optimal_seconds` is XLA's: each instruction as slow as its FLOPs or its memory traffic, one after
@@ -34,19 +43,20 @@ def compile_report(
   executions and bytes (`core.hlo.Collective`); `uncertain` of them stand in a loop whose trip count
   depends on data (counted once) or in a branch. `uncounted_kernels` are in no FLOPs.
 
+  code: False ends the compiler once the program is optimised and laid out in memory, before its
+  machine code, which takes most of the time: then `optimal_seconds` is null and the program's own
+  bytes are in no total. `lower` must then be a function of a module.
+
   Of a program that does not fit and that the compiler gives up on, `bytes_per_device` has only the
   `total` that it would need, and the rest is null.
 
   Raises ConfigError for a mesh or batch that does not divide, before anything is lowered.
   """
   sizes = cfg.mesh_sizes(wanted.devices)
-  mesh = make_mesh(sizes, abstract_devices(wanted))
   begin = time.perf_counter()
-  lowered = lower(cfg, mesh)
-  try:
-    found = program_report(*compile_with_text(lowered), wanted.generation.rates)
-  except jax.errors.JaxRuntimeError as error:
-    found = oversized_report(lowered, error, wanted.generation.rates)
+  options = {"xla_optimization_level": f"EFFORT_{effort}"}
+  made = compiled_report if code else layout_report
+  found = made(lower, cfg, wanted, options)
   hbm = wanted.generation.hbm_bytes
   return {
     "topology": wanted.name,
@@ -56,19 +66,57 @@ def compile_report(
     "fits": found["bytes_per_device"]["total"] <= hbm,
     **found,
     "peak_flops_per_second": wanted.generation.peak_flops,
+    "effort": effort,
+    "code": code,
     "compile_seconds": time.perf_counter() - begin,
   }
 
 
+def compiled_report(
+  lower: Lower, cfg: Config, wanted: Topology, options: Mapping[str, Any]
+) -> dict[str, Any]:
+  """What the whole compilation says."""
+  lowered, rates = lower_on(lower, cfg, wanted), wanted.generation.rates
+  try:
+    return program_report(*compile_with_text(lowered, options), rates)
+  except jax.errors.JaxRuntimeError as error:
+    return oversized_report(lowered, error, options, rates)
+
+
+def layout_report(
+  lower: Lower, cfg: Config, wanted: Topology, options: Mapping[str, Any]
+) -> dict[str, Any]:
+  """What is settled before machine code."""
+  text, sizes = laid_out(lower_on, (lower, cfg, wanted), {**options, **OVERSIZED})
+  total = sum(sizes.values()) - 2 * sizes["donated"]
+  return {
+    "bytes_per_device": sizes | {"total": total},
+    **text_report(text, wanted.generation.rates),
+  }
+
+
+def lower_on(lower: Lower, cfg: Config, wanted: Topology) -> jax.stages.Lowered:
+  """`lower(cfg, mesh)` on the topology's devices."""
+  return lower(cfg, make_mesh(cfg.mesh_sizes(wanted.devices), abstract_devices(wanted)))
+
+
 def program_report(compiled: jax.stages.Compiled, text: str, rates: Rates) -> dict[str, Any]:
   """The part of the report that is read from a compiled program."""
-  spent = cost(text, rates)
   told = compiled.cost_analysis().get("optimal_seconds", 0.0)
   return {
     "bytes_per_device": bytes_per_device(compiled),
+    **text_report(text, rates),
+    "optimal_seconds": told + cost(text, rates).missing_seconds,
+  }
+
+
+def text_report(text: str, rates: Rates) -> dict[str, Any]:
+  """The part that is read from its text; `optimal_seconds`, which is not, is null."""
+  spent = cost(text, rates)
+  return {
     "collectives": by_kind(collectives(text)),
     "flops": spent.flops,
-    "optimal_seconds": told + spent.missing_seconds,
+    "optimal_seconds": None,
     "modelled_seconds": spent.modelled_seconds,
     "kernels": kernels(text),
     "uncounted_kernels": list(spent.uncounted),
@@ -76,14 +124,17 @@ def program_report(compiled: jax.stages.Compiled, text: str, rates: Rates) -> di
 
 
 def oversized_report(
-  lowered: jax.stages.Lowered, refusal: jax.errors.JaxRuntimeError, rates: Rates
+  lowered: jax.stages.Lowered,
+  refusal: jax.errors.JaxRuntimeError,
+  options: Mapping[str, Any],
+  rates: Rates,
 ) -> dict[str, Any]:
   """The same for a program that was refused for its size; raises any other refusal again."""
   needs = re.search(r"CompileTimeHbmOom.* memory required .*?\(([\d.]+)([KMG])\)", str(refusal))
   if needs is None:
     raise refusal
   try:
-    return program_report(*compile_with_text(lowered, OVERSIZED), rates)
+    return program_report(*compile_with_text(lowered, {**options, **OVERSIZED}), rates)
   except jax.errors.JaxRuntimeError:
     total = int(float(needs[1]) * 1024 ** " KMG".index(needs[2]))
     rest = ("collectives", "flops", "optimal_seconds", "modelled_seconds", "kernels")

@@ -82,7 +82,7 @@ class Engram(nnx.Module):
     """
     rows_BTM = rows_BTM.reshape(*rows_BTM.shape[:2], -1)
     self._check(hidden_BTGD, rows_BTM, segments_BT)
-    key_BTGD, value_BTD = self._project(rows_BTM.astype(hidden_BTGD.dtype))
+    key_BTGD, value_BTD = self.project_rows(rows_BTM.astype(hidden_BTGD.dtype))
     with jax.named_scope("gate"):
       weight_GD = self.g_key[...] * self.g_query[...]
       logit_BTG = gate_logit(hidden_BTGD, key_BTGD, weight_GD, self.cfg.norm_eps)
@@ -92,7 +92,7 @@ class Engram(nnx.Module):
     return delta_BTGD.astype(hidden_BTGD.dtype), {"gate": gate_BTG}
 
   @jax.named_scope("project")
-  def _project(self, rows_BTM: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def project_rows(self, rows_BTM: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys of all branches and the value they share, in one dot."""
     dtype = rows_BTM.dtype
     w_key, w_value = self.w_key[...].astype(dtype), self.w_value[...].astype(dtype)
@@ -222,7 +222,7 @@ def gated_conv(
 
 
 def _gated_conv_forward(a, v, kernel, keep, shifts, eps):
-  c, _ = _norm_scale(a, v, eps)
+  c, _ = norm_scale(a, v, eps)
   delta = jax.nn.silu(_convolve(_tap_scales(c, keep, shifts), v, kernel, shifts))
   return delta + a[..., None] * v[:, :, None], (a, v, kernel, keep)
 
@@ -230,7 +230,7 @@ def _gated_conv_forward(a, v, kernel, keep, shifts, eps):
 def _gated_conv_backward(shifts, eps, saved, ddelta):
   a, v, kernel, keep = saved
   T, D = v.shape[1:]
-  c, r = _norm_scale(a, v, eps)
+  c, r = norm_scale(a, v, eps)
   scales = _tap_scales(c, keep, shifts)
   y = _convolve(scales, v, kernel, shifts)
   sigmoid = jax.nn.sigmoid(y)
@@ -256,7 +256,7 @@ def _gated_conv_backward(shifts, eps, saved, ddelta):
 gated_conv.defvjp(_gated_conv_forward, _gated_conv_backward)
 
 
-def _norm_scale(a, v, eps):
+def norm_scale(a, v, eps):
   """c and r, both [B, T, G], with RMSNorm(a v) = c v and c = a r."""
   mean_BT = _einsum("btd,btd->bt", v, v) / v.shape[-1]
   r = lax.rsqrt(a**2 * mean_BT[..., None] + eps)

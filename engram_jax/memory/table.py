@@ -11,8 +11,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from engram_jax.core.mesh import platform
 from engram_jax.memory.exchange import (
   Round,
   Shards,
@@ -74,18 +76,40 @@ def init_table(
 def _init_rows(key, first, count: int, rows: int, width: int, std: float, dtype) -> jax.Array:
   """Rows `first` to `first + count - 1` of a table with `rows` rows before its padding."""
   chunk = math.gcd(count, 4096)
-
-  def some(start: jax.Array) -> jax.Array:
-    ids = first + start + jnp.arange(chunk)
-    draw = lambda i: std * jax.random.normal(jax.random.fold_in(key, i), (width,))
-    return jnp.where((ids < rows)[:, None], jax.vmap(draw)(ids), 0).astype(dtype)
-
+  some = lambda start: draw_rows(
+    key, first + start + jnp.arange(chunk), rows, width, std=std, dtype=dtype
+  )
   return jax.lax.map(some, jnp.arange(0, count, chunk)).reshape(count, width)
+
+
+def draw_rows(
+  key: jax.Array,
+  ids: jax.Array,
+  rows: int,
+  width: int,
+  *,
+  std: float,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
+  """Rows [ids.size, width] as `init_table` makes them, without the others."""
+  draw = lambda i: std * jax.random.normal(jax.random.fold_in(key, i), (width,))
+  return jnp.where((ids < rows)[:, None], jax.vmap(draw)(ids), 0).astype(dtype)
 
 
 def table_sharding(mesh: Mesh) -> NamedSharding:
   """Rows over all axes of the mesh, flattened; every device holds whole rows."""
   return NamedSharding(mesh, PartitionSpec(mesh.axis_names, None))
+
+
+def by_rows(place: NamedSharding, ndim: int) -> NamedSharding | Format:
+  """Where a table, or its optimizer's state, lies; on TPU with each row in one piece.
+
+  A TPU lays narrow arrays out by columns unless it is told. Rows are then read and written in a
+  copy by rows, so that each step would copy the whole table there and back.
+  """
+  if ndim != 2 or platform(place.mesh) != "tpu":
+    return place
+  return Format(Layout(major_to_minor=(0, 1)), place)
 
 
 def lookup(

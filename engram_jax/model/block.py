@@ -1,5 +1,6 @@
 """One transformer block: memory at its entry, then attention, then a feed-forward or experts."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,14 +44,30 @@ class Block(nnx.Module):
     rows_BTM: what was looked up for each token; None in a block without a memory.
     mesh: the devices that B is divided over; None is one.
     """
+    return self.around(
+      x_BTGD,
+      lambda x_BTGD: self.engram(x_BTGD, rows_BTM, segments_BT),
+      lambda normed_BTD: self.attention(normed_BTD, segments_BT, positions_BT, mesh),
+      mesh,
+    )
+
+  def around(
+    self,
+    x_BTGD: jax.Array,
+    recall: Callable[[jax.Array], tuple[jax.Array, dict[str, Any]]],
+    attend: Callable[[jax.Array], jax.Array],
+    mesh: Mesh | None = None,
+  ) -> tuple[jax.Array, dict[str, Any]]:
+    """The block with what crosses positions given: a decoder attends over its cache.
+
+    recall: `x_BTGD -> (delta_BTGD, probes)`, called where the block has a memory.
+    attend: `normed_BTD -> y_BTD`.
+    """
     probes = {}
     if self.engram is not None:
       with jax.named_scope("engram"):
-        delta_BTGD, gates = self.engram(x_BTGD, rows_BTM, segments_BT)
+        delta_BTGD, gates = recall(x_BTGD)
         x_BTGD, probes = x_BTGD + delta_BTGD, probes | gates
-
-    def attend(normed_BTD):
-      return self.attention(normed_BTD, segments_BT, positions_BT, mesh), {}
 
     def feed(normed_BTD):
       if self.moe is not None:
@@ -59,6 +76,6 @@ class Block(nnx.Module):
       with jax.named_scope("feed_forward"):
         return self.feed_forward(normed_BTD), {}
 
-    x_BTGD, _ = self.attention_residual(x_BTGD, attend)
+    x_BTGD, _ = self.attention_residual(x_BTGD, lambda normed_BTD: (attend(normed_BTD), {}))
     x_BTGD, load = self.feed_forward_residual(x_BTGD, feed)
     return x_BTGD, probes | load

@@ -24,6 +24,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from engram_jax.model.routing import ROUTING, expert_counts
 
 Experts = Callable[..., jax.Array]
 
@@ -66,20 +69,30 @@ def ragged_experts(
   """Assignments sorted by expert, then `lax.ragged_dot` over the runs."""
   tokens, k = experts_SK.shape
   experts = w_gate_EDF.shape[0]
-  order_N, _ = sort_by_expert(experts_SK, experts)
-  inverse_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(tokens * k, dtype=order_N.dtype))
-  sizes_E = jnp.bincount(experts_SK.reshape(-1), length=experts).astype(jnp.int32)
-  x_ND = _permute(jnp.repeat(x_SD, k, axis=0), order_N)
+  order_N = checkpoint_name(sort_by_expert(experts_SK, experts)[0], ROUTING)
+  places_N = jnp.arange(tokens * k, dtype=order_N.dtype)
+  inverse_N = jnp.zeros_like(order_N).at[order_N].set(places_N, unique_indices=True)
+  inverse_N = checkpoint_name(inverse_N, ROUTING)
+  sizes_E = expert_counts(experts_SK, experts)
+  x_ND = _permute(jnp.repeat(x_SD, k, axis=0), order_N, inverse_N)
   gate_NF = lax.ragged_dot(x_ND, w_gate_EDF, sizes_E)
   up_NF = lax.ragged_dot(x_ND, w_up_EDF, sizes_E)
   y_ND = lax.ragged_dot(jax.nn.silu(gate_NF) * up_NF, w_down_EFD, sizes_E)
-  y_SKD = _permute(y_ND, inverse_N).reshape(tokens, k, -1)
+  y_SKD = _permute(y_ND, inverse_N, order_N).reshape(tokens, k, -1)
   return jnp.einsum("SKD,SK->SD", y_SKD, weights_SK).astype(x_SD.dtype)
 
 
-def _permute(rows: jax.Array, order_N: jax.Array) -> jax.Array:
-  # Told that no row is read twice, the transpose is a plain scatter instead of an atomic add.
+@jax.custom_vjp
+def _permute(rows: jax.Array, order_N: jax.Array, inverse_N: jax.Array) -> jax.Array:
+  """Rows in another order; the gradient by the inverse order, where autodiff would scatter."""
+  del inverse_N
   return rows.at[order_N].get(unique_indices=True, mode="promise_in_bounds")
+
+
+_permute.defvjp(
+  lambda rows, order_N, inverse_N: (_permute(rows, order_N, inverse_N), (order_N, inverse_N)),
+  lambda kept, d_rows: (_permute(d_rows, *reversed(kept)), None, None),
+)
 
 
 def sort_by_expert(experts_SK: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
@@ -122,7 +135,7 @@ def _blocks(experts_SK: jax.Array, experts: int, rows: int) -> _Blocks:
   count = tokens * k
   blocks = -(-count // rows) + experts
   order_N, expert_N = sort_by_expert(experts_SK, experts)
-  sizes_E = jnp.bincount(experts_SK.reshape(-1), length=experts).astype(jnp.int32)
+  sizes_E = expert_counts(experts_SK, experts)
   blocks_E = -(-sizes_E // rows)
   end_E = jnp.cumsum(blocks_E)
   shift_E = (end_E - blocks_E) * rows - (jnp.cumsum(sizes_E) - sizes_E)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from engram_jax.config import MoEConfig
 from engram_jax.core.mesh import AXES, BATCH_AXES, platform
 from engram_jax.model.dispatch import Experts, experts_for, sort_by_expert
-from engram_jax.model.routing import expert_load, route
+from engram_jax.model.routing import expert_counts, expert_load, route
 
 # Over the mean. Balanced routers keep the shares of whole groups of experts closer to the mean than
 # single experts' shares; one half more leaves the exact path to the first steps of a run.
@@ -135,7 +135,7 @@ def _bucket(experts_sK: jax.Array, n: int, e: int, c: int) -> _Slots:
   N = experts_sK.size
   order_N, expert_N = sort_by_expert(experts_sK, n * e)  # an owner's experts are neighbours
   owner_N = expert_N // e
-  counts_n = jnp.bincount(owner_N, length=n).astype(jnp.int32)
+  counts_n = expert_counts(owner_N, n)
   place_N = jnp.arange(N, dtype=jnp.int32) - (jnp.cumsum(counts_n) - counts_n)[owner_N]
   # Numbers past the end differ from one another, so that "unique" stays true of them.
   slot_N = jnp.where(place_N < c, owner_N * c + place_N, n * c + jnp.arange(N, dtype=jnp.int32))

@@ -80,22 +80,26 @@ class LM(nnx.Module):
       positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     rows_of = dict(zip(self.cfg.engram.layers, rows, strict=True))
 
-    x_BTGD = self._streams(tokens_BT, mesh)
+    x_BTGD = self.streams(tokens_BT, mesh)
     x_BTGD, probes = run_blocks(
       self.cfg, self.blocks, x_BTGD, rows_of, segments_BT, positions_BT, mesh
     )
-    with jax.named_scope("final_norm"):
-      hidden_BTD = rms_norm(x_BTGD.mean(2), self.g_final[...], self.cfg.norm_eps)
+    hidden_BTD = self.final(x_BTGD)
     return hidden_BTD, {name: tuple(values) for name, values in probes.items()}
 
   @jax.named_scope("embedding")
-  def _streams(self, tokens_BT: jax.Array, mesh: Mesh | None) -> jax.Array:
+  def streams(self, tokens_BT: jax.Array, mesh: Mesh | None = None) -> jax.Array:
     """[B, T, G, D], G copies of each token's embedding, in the compute dtype."""
     dtype = compute_dtype(self.cfg.dtype, platform(mesh))
     table = gather(cast({"embedding": self.embedding[...]}, dtype), mesh)["embedding"]
     x_BTD = constrain_batch(table[tokens_BT], mesh)
     streams = (*tokens_BT.shape, self.cfg.residual.branches, self.cfg.width)
     return jnp.broadcast_to(x_BTD[:, :, None], streams)
+
+  @jax.named_scope("final_norm")
+  def final(self, x_BTGD: jax.Array) -> jax.Array:
+    """[B, T, D]: the streams after the last block, averaged and normalised."""
+    return rms_norm(x_BTGD.mean(2), self.g_final[...], self.cfg.norm_eps)
 
   @property
   def head_DV(self) -> jax.Array:

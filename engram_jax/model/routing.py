@@ -3,6 +3,10 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+ROUTING = "routing"
+"""Name of what a backward pass should keep and not compute again: small integers, slow to sort."""
 
 
 def route(
@@ -20,11 +24,23 @@ def route(
   )
   scores_SE = jax.nn.sigmoid(logits_SE)
   experts_SK = lax.top_k(lax.stop_gradient(scores_SE + bias_E), top_k)[1]
-  chosen_SK = jnp.take_along_axis(scores_SE, experts_SK, axis=-1)
+  experts_SK = checkpoint_name(experts_SK, ROUTING)
+  # As sums over E, not by index: the transpose of an index is a scatter, which a TPU sorts for.
+  is_chosen_SKE = _is_expert(experts_SK, scores_SE.shape[1])
+  chosen_SK = jnp.sum(jnp.where(is_chosen_SKE, scores_SE[:, None], 0), axis=-1)
   total_S1 = jnp.sum(chosen_SK, axis=-1, keepdims=True)
   return experts_SK, chosen_SK / (total_S1 + 1e-20) * scale
 
 
 def expert_load(experts_SK: jax.Array, experts: int) -> jax.Array:
   """Each expert's share of the assignments: float32 [E], sums to 1."""
-  return jnp.bincount(experts_SK.reshape(-1), length=experts) / jnp.float32(experts_SK.size)
+  return expert_counts(experts_SK, experts) / jnp.float32(experts_SK.size)
+
+
+def expert_counts(experts_SK: jax.Array, experts: int) -> jax.Array:
+  """Assignments to each of E experts: int32 [E]; numbers outside [0, E) count for none."""
+  return jnp.sum(_is_expert(experts_SK.reshape(-1), experts), axis=0, dtype=jnp.int32)
+
+
+def _is_expert(ids: jax.Array, experts: int) -> jax.Array:
+  return ids[..., None] == jnp.arange(experts)

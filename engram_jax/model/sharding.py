@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import jax
+from jax import lax
 from jax.lax import with_sharding_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -85,6 +86,17 @@ def gather(params: Any, mesh: Mesh | None) -> Any:
     return w if _matches(_GATHERED_LATER, path) else _gather(w, stored, _without_fsdp(stored))
 
   return jax.tree_util.tree_map_with_path(one, params, param_shardings(params, mesh))
+
+
+def put_together(w: jax.Array, spec: PartitionSpec) -> jax.Array:
+  """The whole of an array of which each device has the part that `spec` says; inside `shard_map`.
+
+  Its gradient returns to the parts by a reduce-scatter.
+  """
+  for axis, names in enumerate(spec):
+    if names is not None:
+      w = lax.all_gather(w, names, axis=axis, tiled=True)
+  return w
 
 
 def constrain_stack(stacked: Any, layer: Any, mesh: Mesh | None) -> Any:

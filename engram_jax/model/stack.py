@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from engram_jax.config import ModelConfig
 from engram_jax.model.block import Block
 from engram_jax.model.moe import RouterBias
+from engram_jax.model.routing import ROUTING
 from engram_jax.model.sharding import (
   cast,
   constrain_batch,
@@ -78,7 +79,9 @@ def _block(cfg: ModelConfig, graphdef: Any, segments_BT, positions_BT, mesh, sca
     x_BTGD = constrain_batch(x_BTGD, mesh)
     return x_BTGD, seen | {"hidden": x_BTGD.mean(2)}
 
-  policies = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+  saved, routing = jax.checkpoint_policies, jax.checkpoint_policies.save_only_these_names(ROUTING)
+  dots = saved.save_from_both_policies(saved.dots_with_no_batch_dims_saveable, routing)
+  policies = {"block": routing, "dots": dots}
   if cfg.remat == "none" and not (spread(mesh) and mesh.shape["fsdp"] > 1):
     return call
   policy = policies.get(cfg.remat, _all_but_gathered)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from engram_jax.core.mesh import BATCH_AXES
+from engram_jax.model.sharding import param_shardings, put_together
 
 Aux = dict[str, jax.Array]
 
@@ -71,15 +72,19 @@ def cross_entropy_on(
   """`chunked_cross_entropy` on a mesh: each device its own tokens, the whole head.
 
   B is divided over the batch's axes and T over `tensor`; `chunk` counts one device's tokens. What
-  travels is the head and, once, the sum of its gradients: left to the partitioner it would be
-  summed over devices for every chunk. Without a mesh, the same on one device.
+  travels, once and in the dtype of `hidden_BTD`, is the head by an all-gather of its parts and the
+  sum of its gradients by a reduce-scatter back to them: left to the partitioner the gradient would
+  be summed over devices for every chunk. Without a mesh, the same on one device.
   """
   if mesh is None:
     return chunked_cross_entropy(
       hidden_BTD, head_DV, targets_BT, mask_BT, chunk=chunk, z_loss=z_loss
     )
 
-  def run(hidden_btD, head_DV, targets_bt, mask_bt):
+  stored = param_shardings({"head": head_DV}, mesh)["head"].spec
+
+  def run(hidden_btD, head_dv, targets_bt, mask_bt):
+    head_DV = put_together(head_dv, stored)
     total, aux = chunked_cross_entropy(
       hidden_btD, head_DV, targets_bt, mask_bt, chunk=chunk, z_loss=z_loss
     )
@@ -90,7 +95,7 @@ def cross_entropy_on(
   run = jax.shard_map(
     run,
     mesh=mesh,
-    in_specs=(tokens, PartitionSpec(), tokens, tokens),
+    in_specs=(tokens, stored, tokens, tokens),
     out_specs=(each, aux),
     check_vma=False,
   )

@@ -5,6 +5,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.config import Config
 from engram_jax.core.mesh import BATCH_AXES
+from engram_jax.errors import ConfigError
 from engram_jax.model.counts import table_layout
 from engram_jax.training.state import make_recipe, state_shapes
 from engram_jax.training.step import Batch, make_train_step
@@ -12,6 +13,11 @@ from engram_jax.training.step import Batch, make_train_step
 
 def lower_train_step(cfg: Config, mesh: Mesh) -> jax.stages.Lowered:
   """The step of `cfg` on `mesh`, lowered for its devices; no array is made."""
+  if cfg.model.engram.on_host:
+    raise ConfigError(
+      f"model.engram.placement={cfg.model.engram.placement!r}: a step is compiled ahead only for "
+      "tables on the devices; give placement=device"
+    )
   layout = table_layout(cfg.model)
   recipe = make_recipe(cfg, layout, mesh)
   return make_train_step(recipe).lower(state_shapes(recipe, layout), batch_shapes(cfg, mesh))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from engram_jax.core.mesh import platform
 from engram_jax.model.moe import updated_bias
 from engram_jax.training.loss import cross_entropy_on
 from engram_jax.training.nonfinite import clip_scale, global_norm, keep_if
@@ -18,6 +19,17 @@ from engram_jax.training.state import Recipe, TrainState
 from engram_jax.training.touched import Fetched, Summed, expand_rows
 
 Batch = dict[str, jax.Array]
+
+# Left to itself the TPU's compiler makes a loop of each product whose result is divided over `fsdp`
+# (a weight's gradient), a small product and a permute at a time, instead of one collective: most
+# of the program, and of the time to compile it. Common in training on TPUs to switch off.
+#
+# And with micro-batches it fails on this pass, or miscompiles the embedding's gradient with it
+# (https://github.com/openxla/xla/issues/49143).
+TPU_OPTIONS = {
+  "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
+  "xla_disable_hlo_passes": "while-loop-all-reduce-code-motion",
+}
 
 
 def make_train_step(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
@@ -27,7 +39,9 @@ def make_train_step(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[Train
   divided by batch. A loss or gradient that is not finite leaves everything but the counters as it
   was.
   """
-  return jax.jit(train_step(recipe), donate_argnums=0)
+  on_tpu = platform(recipe.mesh) == "tpu"
+  options = {"compiler_options": TPU_OPTIONS, "out_shardings": (recipe.formats, None)}
+  return jax.jit(train_step(recipe), donate_argnums=0, **(options if on_tpu else {}))
 
 
 def train_step(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:

@@ -9,7 +9,7 @@ import pytest
 import tensorstore as ts
 from jax.sharding import NamedSharding, PartitionSpec
 
-from engram_jax.core import checkpoint
+from engram_jax.core import checkpoint, saved_arrays
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.mesh import make_mesh
 from engram_jax.errors import StorageError
@@ -111,7 +111,8 @@ def test_tables_are_cut_and_filled_up_as_the_devices_ask(tmp_path, values, sizes
 
 
 def test_a_table_of_one_device_is_written_in_pieces_that_others_read(tmp_path, monkeypatch, values):
-  monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 2048)
+  for module in (checkpoint, saved_arrays):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 2048)
   with Checkpoints(tmp_path, keep=1) as checkpoints:
     checkpoints.save(1, place(values, abstract({"data": 1})), {})
     checkpoints.wait()
