@@ -1,0 +1,121 @@
+"""Rows for a decoder from a store off the device, fetched while earlier layers run.
+
+Row ids depend on tokens alone. Tokens that are known ahead, the next chunk of a prompt, are hashed
+on the host by a thread, their rows read in the order of the layers and sent to the device while the
+chunk before runs. For a token that has just been chosen there is nothing ahead: the caller fetches
+its rows, memory by memory, when the device has been given all that comes before.
+"""
+
+import concurrent.futures
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from engram_jax.inference.extend import Rows
+from engram_jax.inference.store.form import RowStore
+from engram_jax.memory.compress import TokenCompressor
+from engram_jax.memory.hashing import hash_ids_numpy
+
+
+@dataclasses.dataclass
+class Telemetry:
+  """Of all fetches so far. Seconds are of the clock, not of the processor.
+
+  busy: hashing, reading and sending. waited: the device stood still for rows (exposed), at most: a
+  fetch that ends after the device has become idle counts as a whole. What is busy and not waited
+  for was hidden behind the model."""
+
+  fetches: int = 0
+  rows: int = 0
+  bytes: int = 0
+  busy_seconds: float = 0.0
+  waited_seconds: float = 0.0
+
+  @property
+  def hidden_seconds(self) -> float:
+    return max(self.busy_seconds - self.waited_seconds, 0.0)
+
+  def as_dict(self) -> dict[str, float]:
+    """Every figure by name."""
+    return dataclasses.asdict(self) | {"hidden_seconds": self.hidden_seconds}
+
+
+class StoreRows:
+  """A `RowSource`. A context manager that owns a thread, not the store.
+
+  prefetch: False reads everything before any stage of a pass: what offloading costs if nothing
+    overlaps.
+  deadline: seconds that one memory's read may take; StorageError after that.
+  """
+
+  def __init__(
+    self,
+    store: RowStore,
+    compressor: TokenCompressor,
+    *,
+    prefetch: bool = True,
+    deadline: float | None = None,
+  ):
+    self.store, self.compressor, self.deadline = store, compressor, deadline
+    self.telemetry = Telemetry()
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "prefetch") if prefetch else None
+
+  def start(self, tokens_BT: Any, count_B: Any, history_BH: Any) -> Rows:
+    """See `RowSource`; errors of a read are raised where its rows are asked for."""
+    each = self._each(tokens_BT, count_B, history_BH)
+    if self._thread is None:
+      begin = time.perf_counter()
+      ready = list(each)
+      self.telemetry.waited_seconds += time.perf_counter() - begin
+      return lambda i, _: ready[i]
+    futures = [self._thread.submit(next, each) for _ in self.store.layers]  # one thread: in order
+    return lambda i, x: self._idle(futures[i].result, x)
+
+  def on_demand(self, tokens_BT: Any, count_B: Any, history_BH: Any) -> Rows:
+    """See `RowSource`."""
+    if self._thread is None:
+      return self.start(tokens_BT, count_B, history_BH)
+    each = self._each(tokens_BT, count_B, history_BH)
+    return lambda i, x: self._idle(lambda: next(each), x)
+
+  def _each(self, tokens_BT: Any, count_B: Any, history_BH: Any) -> Iterator[jax.Array]:
+    """Rows [B, T, J, C] of each memory, on the device, as they come."""
+    begin = time.perf_counter()
+    layout = self.store.layout
+    canonical_BT, history_BH = self.compressor(np.asarray(tokens_BT)), np.asarray(history_BH)
+    real_BT1 = (np.arange(canonical_BT.shape[1]) < np.asarray(count_B)[:, None])[..., None]
+    for layer in layout.layers:
+      ids_BTJ = hash_ids_numpy(layout, layer, canonical_BT, history_BH=history_BH)
+      ids_BTJ += np.asarray(layout.offsets[layer], np.int32)
+      ids_BTJ = np.where(real_BT1, ids_BTJ, ids_BTJ.flat[0])  # padding: a row that is read anyway
+      rows = self.store.layer(layer).fetch(ids_BTJ, deadline=self.deadline)
+      self.telemetry.fetches += 1
+      self.telemetry.rows += ids_BTJ.size
+      self.telemetry.bytes += rows.nbytes
+      on_device = jax.device_put(rows)
+      self.telemetry.busy_seconds += time.perf_counter() - begin
+      yield on_device
+      begin = time.perf_counter()
+
+  def _idle(self, fetch: Callable[[], jax.Array], x: jax.Array) -> jax.Array:
+    """What `fetch` gives; its time counts as waited for unless the device is still at `x`."""
+    begin = time.perf_counter()
+    rows = fetch()
+    if x.is_ready():
+      self.telemetry.waited_seconds += time.perf_counter() - begin
+    return rows
+
+  def close(self) -> None:
+    """Ends the thread when it is done with what it was given."""
+    if self._thread is not None:
+      self._thread.shutdown()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()

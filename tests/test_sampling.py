@@ -1,0 +1,115 @@
+"""Choices: what may be chosen, with what probability, and that drafts change none of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engram_jax.errors import ConfigError
+from engram_jax.inference.sampling import Sampling, Settings, choose, choose_each
+
+LOGITS = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32))
+NONE = np.zeros((1, 5), bool)
+_choose = jax.jit(choose)
+
+
+def draws(sampling, count=400, seen=NONE, logits=LOGITS):
+  """The first `count` choices of one request, as if each were its next."""
+  B = len(logits) if logits.ndim == 2 else count
+  many = np.broadcast_to(logits, (B, 5))
+  return np.asarray(
+    _choose(many, np.broadcast_to(seen, (B, 5)), np.arange(B), Settings.of([sampling] * B))
+  )
+
+
+def test_temperature_zero_is_the_argmax():
+  assert set(draws(Sampling(seed=3))) == {0}
+
+
+def test_frequencies_are_the_softmax():
+  counts = np.bincount(draws(Sampling(temperature=1.0), 20_000), minlength=5) / 20_000
+  np.testing.assert_allclose(counts, np.exp(LOGITS), atol=0.015)
+
+
+def test_a_temperature_sharpens_as_it_should():
+  counts = np.bincount(draws(Sampling(temperature=0.5), 20_000), minlength=5) / 20_000
+  np.testing.assert_allclose(counts, jax.nn.softmax(LOGITS / 0.5), atol=0.015)
+
+
+@pytest.mark.parametrize(
+  ("options", "allowed"),
+  [
+    ({"top_k": 2}, {0, 1}),
+    ({"top_k": 99}, {0, 1, 2, 3, 4}),
+    ({"top_p": 0.69}, {0, 1}),
+    ({"top_p": 0.71}, {0, 1, 2}),
+    ({"top_p": 1e-6}, {0}),
+    ({"top_k": 4, "top_p": 0.5}, {0, 1}),
+  ],
+)
+def test_what_is_left_to_choose_from(options, allowed):
+  assert set(draws(Sampling(temperature=1.0, **options), 2000)) == allowed
+
+
+def test_a_repetition_penalty_makes_seen_tokens_less_likely():
+  """Logits that are negative are multiplied, positive ones divided."""
+  seen = np.array([[True, False, False, False, False]])
+  for logits in (LOGITS, LOGITS + 5):
+    assert draws(Sampling(repetition_penalty=2.0), 1, seen, logits)[0] == 1
+    assert draws(Sampling(repetition_penalty=1.0), 1, seen, logits)[0] == 0
+
+
+def test_each_request_has_its_own_settings_and_seed():
+  how = [Sampling(), Sampling(temperature=3.0, seed=1), Sampling(temperature=3.0, seed=2)]
+  logits = np.broadcast_to(LOGITS, (3, 5))
+  together = [
+    np.asarray(_choose(logits, np.zeros((3, 5), bool), np.full(3, i), Settings.of(how)))
+    for i in range(30)
+  ]
+  greedy, one, two = np.stack(together, 1)
+  assert set(greedy) == {0}
+  assert one.tolist() != two.tolist()
+  assert one.tolist() == [int(draws(how[1], 30)[i]) for i in range(30)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), drafts=st.lists(st.integers(0, 4), min_size=4, max_size=4))
+def test_choices_along_a_right_draft_are_those_made_one_by_one(seed, drafts):
+  """With a penalty and random logits: up to the first wrong guess nothing differs."""
+  rng = np.random.default_rng(seed)
+  logits_BTV = rng.normal(size=(1, 4, 5)).astype(np.float32)
+  how = Settings.of([Sampling(temperature=1.0, repetition_penalty=1.7, seed=seed)])
+  chosen, seen_TBV = choose_each(logits_BTV, NONE, np.array([drafts]), np.array([7]), how)
+  seen = jnp.asarray(NONE)
+  for t in range(4):
+    alone, after = choose_each(
+      logits_BTV[:, t : t + 1], seen, np.zeros((1, 1), int), np.array([7 + t]), how
+    )
+    assert int(chosen[0, t]) == int(alone[0, 0])
+    seen = after[0]
+    np.testing.assert_array_equal(seen, seen_TBV[t])
+    if int(alone[0, 0]) != drafts[t]:
+      break
+
+
+@pytest.mark.parametrize(
+  "bad",
+  [
+    {"temperature": -0.5},
+    {"temperature": float("nan")},
+    {"temperature": float("inf")},
+    {"top_k": -1},
+    {"top_p": 0.0},
+    {"top_p": 1.5},
+    {"repetition_penalty": 0.0},
+    {"seed": -1},
+    {"seed": 2**32},
+  ],
+)
+def test_values_outside_their_range_are_refused(bad):
+  (name,) = bad
+  with pytest.raises(ConfigError, match=f"{name}=") as caught:
+    Sampling(**bad)
+  assert caught.value.exit_code == 2
