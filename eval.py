@@ -11,6 +11,8 @@ import itertools
 import json
 import pathlib
 import sys
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,25 +20,21 @@ import tyro
 from jax.sharding import Mesh
 
 from engram_jax.cli import run_command
+from engram_jax.commands.open_model import chosen_step
 from engram_jax.config import Config
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.mesh import make_mesh
 from engram_jax.core.run_directory import CHECKPOINTS, TOKENIZER, open_run
 from engram_jax.data.pipeline import Prepared, prepare
 from engram_jax.data.tokenizer import read_tokenizer
-from engram_jax.errors import ConfigError
+from engram_jax.errors import ConfigError, StorageError
 from engram_jax.inference.generate import complete, make_next_logits
 from engram_jax.memory.compress import tokenizer_digest
 from engram_jax.training.evaluate import evaluate, make_eval_step
+from engram_jax.training.host import saved
+from engram_jax.training.host.host_rows import HostRows
 from engram_jax.training.identity import check_identity, identity
-from engram_jax.training.state import (
-  Recipe,
-  TrainState,
-  logical_rows,
-  make_recipe,
-  state_shapes,
-  up_to_date,
-)
+from engram_jax.training.state import Recipe, TrainState, make_recipe, up_to_date
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +66,7 @@ def main() -> int:
   )
   say = lambda text: print(text, file=sys.stderr)
   with Checkpoints(args.run / CHECKPOINTS, keep=None) as checkpoints:
-    step = newest(checkpoints, args, say)
+    step = chosen_step(checkpoints, args.run, args.step, say)
     meta = checkpoints.meta(step)
     words = tokenizer_digest(read_tokenizer(args.run / TOKENIZER))
     check_identity(meta, {"tokenizer_digest": words}, str(args.run))  # before tokenising with it
@@ -76,10 +74,12 @@ def main() -> int:
     meaning = identity(data.tokenizer_digest, data.compressor, data.layout, data.training.digest)
     check_identity(meta, meaning, str(args.run))
     recipe = make_recipe(cfg, data.layout, evaluation_mesh(cfg))
-    like, rows = state_shapes(recipe, data.layout), logical_rows(data.layout)
-    state = up_to_date(recipe, checkpoints.restore(step, like, rows=rows))
-  result = {"run": str(args.run), "step": step} | losses(recipe, state, data, args.batches)
-  result["samples"] = samples(recipe, state, data, args)
+    with tables_on_host(recipe, data, args.run) as on_host:
+      state = saved.restore(checkpoints, step, recipe, data.layout, on_host)
+      state = up_to_date(recipe, state) if on_host is None else on_host.up_to_date(state)
+      result = {"run": str(args.run), "step": step}
+      result |= losses(recipe, state, data, args.batches, on_host)
+      result["samples"] = samples(recipe, state, data, args, on_host)
   if args.json:
     print(json.dumps(result))
   else:
@@ -89,9 +89,23 @@ def main() -> int:
 
 def evaluation_mesh(cfg: Config) -> Mesh:
   """As many devices as divide the batch, so that tables and parameters are spread over them."""
-  devices = jax.devices()
+  devices = jax.devices()[:1] if cfg.model.engram.on_host else jax.devices()
   parts = max(n for n in range(1, len(devices) + 1) if cfg.train.batch_size % n == 0)
   return make_mesh({"fsdp": parts}, devices[:parts])
+
+
+@contextlib.contextmanager
+def tables_on_host(recipe: Recipe, data: Prepared, run: pathlib.Path) -> Iterator[HostRows | None]:
+  """The tables where the run's placement has them (files only for now); None on the device."""
+  if not recipe.config.model.engram.on_host:
+    yield None
+    return
+  with contextlib.ExitStack() as stack:
+    try:
+      folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rows-", dir=run))
+    except OSError as error:
+      raise StorageError(f"{run} cannot be written: {error}") from None
+    yield stack.enter_context(HostRows(recipe, data.layout, pathlib.Path(folder)))
 
 
 def check(args: Args) -> None:
@@ -103,34 +117,37 @@ def check(args: Args) -> None:
     raise ConfigError("--prompt '' is empty; give some text to continue")
 
 
-def newest(checkpoints: Checkpoints, args: Args, say: Any) -> int:
-  if args.step is None:
-    step = checkpoints.newest_valid(say)
-    if step is None:
-      raise ConfigError(f"--run {args.run} holds no sound checkpoint yet; train it first")
-    return step
-  if args.step not in checkpoints.steps():
-    raise ConfigError(f"--step {args.step} is not saved in {args.run}: {checkpoints.steps()} are")
-  return args.step
-
-
-def losses(recipe: Recipe, state: TrainState, data: Prepared, batches: int | None) -> dict:
+def losses(
+  recipe: Recipe,
+  state: TrainState,
+  data: Prepared,
+  batches: int | None,
+  on_host: HostRows | None = None,
+) -> dict:
   """{"memory_on": ..., "memory_off": ...}; without a memory only the first."""
   kinds = {"memory_on": True, "memory_off": False} if data.layout else {"memory_on": True}
   result = {}
   for name, memory in kinds.items():
     step = make_eval_step(recipe, memory=memory)
+    step = step if on_host is None else on_host.evaluating(step)
     with contextlib.closing(data.validation_pipeline().iterate()) as windows:
       few = itertools.islice(windows, batches)
       result[name] = evaluate(step, state, few, data.token_bytes, data.sources)
   return result
 
 
-def samples(recipe: Recipe, state: TrainState, data: Prepared, args: Args) -> list[dict[str, str]]:
+def samples(
+  recipe: Recipe,
+  state: TrainState,
+  data: Prepared,
+  args: Args,
+  on_host: HostRows | None = None,
+) -> list[dict[str, str]]:
   prompts = args.prompt or (recipe.config.train.sample_prompt,)
   if not args.tokens:
     return []
   next_logits = make_next_logits(recipe.graphdef, recipe.config.model, recipe.mesh)
+  next_logits = next_logits if on_host is None else on_host.completing(next_logits)
   greedy = complete(next_logits, state, data, prompts, args.tokens)
   drawn = complete(
     next_logits, state, data, prompts, args.tokens, temperature=args.temperature, seed=args.seed

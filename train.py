@@ -30,14 +30,11 @@ from engram_jax.inference.generate import complete, make_next_logits
 from engram_jax.model.counts import count, flops_per_token
 from engram_jax.model.lm import compute_dtype
 from engram_jax.training.evaluate import evaluate, make_eval_step
+from engram_jax.training.host import saved
+from engram_jax.training.host.host_rows import FOLDER, HostRows
 from engram_jax.training.identity import check_identity, identity
-from engram_jax.training.state import (
-  init_state,
-  logical_rows,
-  make_recipe,
-  state_shapes,
-  up_to_date,
-)
+from engram_jax.training.init_from import find_source
+from engram_jax.training.state import init_state, laid_out, make_recipe, up_to_date
 from engram_jax.training.step import make_train_step
 
 
@@ -56,6 +53,10 @@ def main() -> int:
   next_logits = make_next_logits(recipe.graphdef, cfg.model, mesh)
   flops = 3 * flops_per_token(cfg.model, cfg.data.sequence_length)  # forward and twice backward
   peak = mesh.size * matmul_peak(compute_dtype(cfg.model.dtype))
+  meaning = identity(data.tokenizer_digest, data.compressor, data.layout, data.training.digest)
+  source = None  # another run's weights, for the first step of this one
+  if train.init_from and not known:
+    source = find_source(train.init_from, recipe, data.layout, meaning, say)
   announce(cfg, data, flops, peak, mesh)
 
   with contextlib.ExitStack() as stack:
@@ -66,23 +67,32 @@ def main() -> int:
     )
 
     # --- a new run, or where the last one stopped -------------------------------------------
-    meaning = identity(data.tokenizer_digest, data.compressor, data.layout, data.training.digest)
     start = checkpoints.newest_valid(say) if known else None
-    if start is None:
-      start, state = 0, init_state(recipe, data.layout)
-    else:
+    if start is not None:
       check_identity(checkpoints.meta(start), meaning, str(run.path))
-      like, rows = state_shapes(recipe, data.layout), logical_rows(data.layout)
-      state = checkpoints.restore(start, like, rows=rows)
-      say(f"resumed {run.path} after step {start}")
     if start == train.steps:
       say(f"{run.path} is finished ({start} steps); for another run choose another --run.name")
       return 0
+    on_host = None  # the tables, where they are not on the device
+    if cfg.model.engram.on_host:
+      on_host = stack.enter_context(HostRows(recipe, data.layout, run.path / FOLDER))
+      train_step, eval_step = on_host.step, on_host.evaluating(eval_step)
+      next_logits = on_host.completing(next_logits)
+    if start is None:
+      start, state = 0, init_state(recipe, data.layout)
+      if train.init_from:  # found above, unless this run was killed before its first checkpoint
+        source = source or find_source(train.init_from, recipe, data.layout, meaning, say)
+        state = laid_out(recipe, source.give(state))
+        say(f"weights of {source.run}, step {source.step}")
+    else:
+      state = laid_out(recipe, saved.restore(checkpoints, start, recipe, data.layout, on_host))
+      say(f"resumed {run.path} after step {start}")
 
     # --- the loop ---------------------------------------------------------------------------
     writer = stack.enter_context(MetricsWriter(run.path, cfg.run.tensorboard, resume_step=start))
     mine = process_rows(batch_sharding(mesh), train.batch_size)
     batches = stack.enter_context(contextlib.closing(training.iterate(start, mine)))
+    batches = batches if on_host is None else on_host.ahead(batches)
     bar = stack.enter_context(progress(start, train.steps))
     clock, previous, told = Clock(), None, False
     for step in range(start + 1, train.steps + 1):
@@ -101,12 +111,12 @@ def main() -> int:
       evaluating = last or step % train.eval_every == 0
       if evaluating or step % train.log_every == 0:
         values = {name: float(value) for name, value in metrics.items() if name != "stop"}
-        values |= clock.read(flops, peak)
+        values |= clock.read(flops, peak) | ({} if on_host is None else on_host.counts())
         report(step, values, bar)
         if evaluating:
           with clock.stopped(), contextlib.closing(validation.iterate()) as windows:
             few = itertools.islice(windows, train.eval_batches)
-            state = up_to_date(recipe, state)
+            state = up_to_date(recipe, state) if on_host is None else on_host.up_to_date(state)
             result = evaluate(eval_step, state, few, data.token_bytes, data.sources)
           values |= {f"validation/{k}": v for k, v in result.items() if k != "by_source"}
           say(
@@ -122,7 +132,7 @@ def main() -> int:
       stopping = told if distributed.several() else stop.requested
       if last or stopping or step % train.checkpoint_every == 0:
         with clock.stopped():
-          checkpoints.save(step, state, meaning | {"next_batch": step})
+          saved.save(checkpoints, step, state, meaning | {"next_batch": step}, on_host)
       if stopping and not last:
         checkpoints.wait()
         by = stop.signal_name or "another process"

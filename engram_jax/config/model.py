@@ -41,6 +41,9 @@ class EngramConfig(Frozen):
   """N-grams and convolution do not look across documents."""
   table_dtype: Literal["float32", "bfloat16"] = "float32"
   """Stored; bf16 rows are rounded stochastically when updated, with no f32 copy."""
+  placement: Literal["device", "host", "file"] = "device"
+  """Where tables and their optimizer's state lie while training: on the accelerators, in the memory
+  of their host, or in sparse files in the run's folder; the last two for one device."""
   exchange_capacity: Annotated[float, Field(gt=0)] = 1.25
   """Rows one exchange can carry, over a batch's lookups; what is above travels in more rounds."""
 
@@ -79,6 +82,11 @@ class EngramConfig(Frozen):
       f"has no int32 row ids: at most {MAX_ROWS:,}",
     )
     return self
+
+  @property
+  def on_host(self) -> bool:
+    """Whether there are tables, and they are not on the accelerators."""
+    return bool(self.layers) and self.placement != "device"
 
   @property
   def columns(self) -> int:

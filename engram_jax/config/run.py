@@ -100,6 +100,8 @@ class TrainConfig(Frozen):
   """Micro-batches per step."""
   seed: Count = 0
   """Of the initial parameters and tables."""
+  init_from: str = ""
+  """Folder of a run whose newest weights a new run starts from; a memory it has not is added."""
   z_loss: Rate = 0.0
   """Weight of logsumexp^2."""
   loss_chunk: Positive = 1024

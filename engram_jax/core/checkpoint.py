@@ -29,26 +29,34 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from engram_jax.core import manifest
 from engram_jax.core.distributed import agree, is_main, on_main, several
+from engram_jax.core.saved_arrays import (
+  CHUNK_BYTES,
+  PyTree,
+  SavedArray,
+  as_storage_error,
+  leaves_by_path,
+  own_copies,
+  placed,
+  require_array,
+  require_same_tree,
+  restore_args,
+  signature,
+)
 from engram_jax.errors import StorageError
-
-PyTree = Any
 
 STATE = "state"
 UNFINISHED = ".unfinished"  # being written
 REMOVED = ".removed"  # being deleted
 _COMMITTED = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(rf"step_\d{{8,}}({UNFINISHED}|{REMOVED})".replace(".", r"\."))
-_CHUNK_BYTES = 64 << 20  # what is read at once: a table saved on one device is restored on many
 _PATIENCE_SECONDS = 600  # for the other processes' writes
 _LIBRARIES = ("engram_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -94,15 +102,23 @@ class Checkpoints:
     else:
       self.close()
 
-  def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
+  def save(
+    self,
+    step: int,
+    state: PyTree,
+    meta: dict[str, Any],
+    files: Callable[[pathlib.Path], None] | None = None,
+  ) -> None:
     """Starts writing a checkpoint; the arrays may be donated or overwritten once this returns.
 
     Waits for the save before it, if that is still running.
 
     Args:
       step: the number of steps behind this state.
-      state: a tree whose leaves are jax arrays with a definite dtype.
+      state: a tree whose leaves are jax arrays with a definite dtype, or NumPy arrays.
       meta: JSON values to be handed back by `meta`.
+      files: writes what is no array into the folder it is given, before this returns; the manifest
+        covers it, and `folder` says where it is then.
 
     Raises:
       ValueError: a leaf is not such an array, meta is not JSON, or the step is already saved.
@@ -111,20 +127,23 @@ class Checkpoints:
     if self._keep is None:
       raise ValueError(f"{self.directory} was opened for reading only (keep=None)")
     self.wait()
-    leaves = _leaves_by_path(state)
+    leaves = leaves_by_path(state)
     for path, leaf in leaves.items():
-      _require_array(path, leaf)
+      require_array(path, leaf)
     meta = json.loads(json.dumps(meta, allow_nan=False))  # as it is now: the caller's may change
     on_main(lambda: self._prepare(step))
-    arrays = _own_copies({path: leaf for path, leaf in leaves.items() if leaf.size})
+    arrays = own_copies({path: leaf for path, leaf in leaves.items() if leaf.size})
     unfinished = self._unfinished(step)
-    chunked = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
-    with _as_storage_error(unfinished, "cannot be written"):
+    if files is not None:
+      with as_storage_error(unfinished, "cannot be written"):
+        files(unfinished)
+    chunked = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+    with as_storage_error(unfinished, "cannot be written"):
       self._orbax.save(
         unfinished / STATE,
         args=ocp.args.PyTreeSave(arrays, save_args=dict.fromkeys(arrays, chunked)),
       )
-    tree = {path: _signature(leaf) for path, leaf in leaves.items()}
+    tree = {path: signature(leaf) for path, leaf in leaves.items()}
     self._pending = self._thread.submit(self._commit, step, tree, meta)
 
   def wait(self) -> None:
@@ -176,7 +195,6 @@ class Checkpoints:
     like: PyTree,
     *,
     partial: bool = False,
-    keep_missing: bool = False,
     rows: Mapping[str, int] | None = None,
   ) -> PyTree:
     """The state of a step, bit for bit, in the form and on the devices of `like`.
@@ -187,8 +205,6 @@ class Checkpoints:
         A leaf that is committed to devices is restored with its sharding, which may differ from
         the one it was saved with; any other goes to the default device, uncommitted.
       partial: leave out what the checkpoint has and `like` has not, such as optimizer moments.
-      keep_missing: return the arrays of `like` itself where the checkpoint has no such leaf, for a
-        memory added to a model that was trained without; `missing` names them.
       rows: {path: R} for tables and what goes with them, such as {"tables/0": 1234}: leaves at or
         below the path may have another leading size than was saved, as the number of devices asks,
         as long as it holds the first R. Those are restored; zeros fill up what follows.
@@ -197,32 +213,38 @@ class Checkpoints:
     """
     self.wait()
     tree = on_main(lambda: self._sound_tree(step))
-    folder, wanted = self._folder(step), _leaves_by_path(like)
-    kept = [path for path in wanted if keep_missing and path not in tree]
-    for path in kept:
-      _require_array(path, wanted[path])
-    read = {path: leaf for path, leaf in wanted.items() if path not in kept}
-    _require_same_tree(folder, tree, read, partial, rows or {})
-    stored = {path: leaf for path, leaf in read.items() if leaf.size}
-    with _as_storage_error(folder, "cannot be read"):
+    folder, wanted = self._folder(step), leaves_by_path(like)
+    require_same_tree(folder, tree, wanted, partial, rows or {})
+    stored = {path: leaf for path, leaf in wanted.items() if leaf.size}
+    with as_storage_error(folder, "cannot be read"):
       arrays = self._orbax.restore(
         folder / STATE,
         args=ocp.args.PyTreeRestore(
           item=stored,
-          restore_args={path: _restore_args(leaf) for path, leaf in stored.items()},
+          restore_args={path: restore_args(leaf) for path, leaf in stored.items()},
           partial_restore=True,
         ),
       )
-    leaves = [
-      leaf if path in kept else _placed(arrays.get(path), leaf) for path, leaf in wanted.items()
-    ]
+    leaves = [placed(arrays.get(path), leaf) for path, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
-  def missing(self, step: int, like: PyTree) -> list[str]:
-    """The paths of `like` that the checkpoint of a step does not have, in the tree's order."""
+  def folder(self, step: int) -> pathlib.Path:
+    """Where the files of a step are; StorageError if they are damaged."""
     self.wait()
-    tree = on_main(lambda: manifest.read(self._folder(step))["tree"])
-    return [path for path in _leaves_by_path(like) if path not in tree]
+    on_main(lambda: self._sound_tree(step))
+    return self._folder(step)
+
+  def open_array(self, step: int, path: str) -> "SavedArray":
+    """One array of a step, such as "tables/0", none of it read yet; the files are verified first.
+
+    Raises StorageError if they are damaged or hold no array of that path.
+    """
+    self.wait()
+    tree = on_main(lambda: self._sound_tree(step))
+    folder = self._folder(step)
+    if path not in tree:
+      raise StorageError(f"{folder} holds no array {path}")
+    return SavedArray(folder / STATE, path)
 
   def close(self) -> None:
     """Finishes the last save and stops the threads; StorageError if that save failed."""
@@ -236,7 +258,7 @@ class Checkpoints:
     self._orbax.close()
 
   def _make_directory(self) -> None:
-    with _as_storage_error(self.directory, "cannot be written"):
+    with as_storage_error(self.directory, "cannot be written"):
       self.directory.mkdir(parents=True, exist_ok=True)
       self._remove_leftovers()
 
@@ -244,7 +266,7 @@ class Checkpoints:
     folder, unfinished = self._folder(step), self._unfinished(step)
     if folder.exists() and self._problem(step) is None:
       raise ValueError(f"{folder} already holds a good checkpoint, which is never overwritten")
-    with _as_storage_error(unfinished, "cannot be written"):
+    with as_storage_error(unfinished, "cannot be written"):
       shutil.rmtree(unfinished, ignore_errors=True)  # of a save that failed
       unfinished.mkdir()
 
@@ -284,7 +306,7 @@ class Checkpoints:
     Here processes wait for one another only through Orbax, whose barriers are no collectives: those
     of the step that is running meanwhile come in the same order everywhere.
     """
-    with _as_storage_error(self._folder(step), "cannot be written"):
+    with as_storage_error(self._folder(step), "cannot be written"):
       try:
         self._orbax.wait_until_finished()  # by every process
         if is_main():
@@ -324,127 +346,6 @@ class Checkpoints:
     for path in self.directory.iterdir():
       if _LEFTOVER.fullmatch(path.name):
         shutil.rmtree(path)
-
-
-@contextlib.contextmanager
-def _as_storage_error(path: pathlib.Path, what: str) -> Iterator[None]:
-  """Turns what the system, Orbax and TensorStore raise about files into a StorageError."""
-  try:
-    yield
-  except (OSError, ValueError, RuntimeError) as error:
-    reason = " ".join(str(error).split())
-    raise StorageError(f"{path} {what}: {reason}") from error
-
-
-def _leaves_by_path(tree: PyTree) -> dict[str, Any]:
-  """Leaves by path, "params/blocks/0/w_key", in the tree's order."""
-  found = {}
-  for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    path = jax.tree_util.keystr(keys, simple=True, separator="/")
-    if path in found or not path:
-      raise ValueError(f"two leaves share the path {path!r}" if path else "the state is one leaf")
-    found[path] = leaf
-  return found
-
-
-def _require_array(path: str, leaf: Any) -> None:
-  if not isinstance(leaf, jax.Array):
-    raise ValueError(f"leaf {path} is a {type(leaf).__name__}: a state's leaves are jax arrays")
-  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    raise ValueError(f"leaf {path} is a typed key: save jax.random.key_data of it")
-  if leaf.weak_type:
-    # Restored it would be strong, and the resumed run's arithmetic would promote differently.
-    raise ValueError(f"leaf {path} is weakly typed: make it with an explicit dtype")
-  if several() and leaf.is_fully_addressable:
-    # Each process has one of its own, and nothing says that they are equal.
-    raise ValueError(f"leaf {path} is on this process's devices alone: spread it over the mesh")
-
-
-def _own_copies(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """Copies arrays in host memory; Orbax takes its own copy only of those on an accelerator.
-
-  Of a CPU array it would write a view, which keeps the next step from donating the array, and which
-  changes with the NumPy array that `jax.device_put` may have made it of without a copy.
-  """
-  mine = {path: array for path, array in arrays.items() if _in_host_memory(array)}
-  places = {path: array.sharding for path, array in mine.items()}
-  return arrays | jax.block_until_ready(jax.device_put(mine, places, may_alias=False))
-
-
-def _in_host_memory(array: jax.Array) -> bool:
-  kind = array.sharding.memory_kind
-  return kind in ("pinned_host", "unpinned_host") or any(
-    device.platform == "cpu" for device in array.sharding.device_set
-  )
-
-
-def _signature(leaf: Any) -> str:
-  return f"{jnp.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-
-
-def _require_same_tree(
-  folder: pathlib.Path,
-  saved: dict[str, str],
-  wanted: dict[str, Any],
-  partial: bool,
-  rows: Mapping[str, int],
-) -> None:
-  """Refuses what Orbax would cast, cut or leave out without a word."""
-  here = {path: _signature(leaf) for path, leaf in wanted.items()}
-  problems = []
-  for path in here | saved:
-    if path not in saved:
-      problems.append(f"leaf {path} is not in the checkpoint, {here[path]} in the state")
-    elif path not in here and not partial:
-      problems.append(f"leaf {path} is {saved[path]} in the checkpoint, not in the state")
-    elif path in here and not _fits(saved[path], here[path], _rows_of(path, rows)):
-      problems.append(f"leaf {path} is {saved[path]} in the checkpoint, {here[path]} in the state")
-  if problems:
-    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-    raise StorageError(f"{folder} does not fit this state: {'; '.join(problems[:3])}{more}")
-
-
-def _rows_of(path: str, rows: Mapping[str, int]) -> int | None:
-  above = (count for prefix, count in rows.items() if f"{path}/".startswith(f"{prefix}/"))
-  return next(above, None)
-
-
-def _fits(saved: str, here: str, rows: int | None) -> bool:
-  """Whether signatures are equal, apart from leading sizes that both hold `rows`."""
-  if saved == here or rows is None:
-    return saved == here
-  pattern = re.compile(r"(\w+)\[(\d+)(.*)\]")
-  left, right = pattern.fullmatch(saved), pattern.fullmatch(here)
-  if left is None or right is None:  # a scalar
-    return False
-  return left.group(1, 3) == right.group(1, 3) and min(int(left[2]), int(right[2])) >= rows
-
-
-def _committed(like: Any) -> bool:
-  return like.committed if isinstance(like, jax.Array) else like.sharding is not None
-
-
-def _restore_args(like: Any) -> ocp.RestoreArgs:
-  if not _committed(like):
-    return ocp.RestoreArgs(restore_type=np.ndarray, dtype=like.dtype)
-  return ocp.ArrayRestoreArgs(
-    restore_type=jax.Array,
-    dtype=like.dtype,
-    sharding=like.sharding,
-    global_shape=like.shape,
-    strict=False,  # other shapes than the saved were refused, but for rows that fill up
-  )
-
-
-def _placed(array: Any, like: Any) -> jax.Array:
-  if array is None:  # Orbax stores no arrays without elements
-    array = np.zeros(like.shape, like.dtype)
-  if isinstance(array, jax.Array):
-    return array
-  if array.shape != like.shape:
-    more = max(0, like.shape[0] - array.shape[0])
-    array = np.pad(array[: like.shape[0]], [(0, more)] + [(0, 0)] * (array.ndim - 1))
-  return jax.device_put(array, like.sharding if _committed(like) else None)
 
 
 def _versions() -> dict[str, str]:

@@ -129,6 +129,7 @@ _FREE = (
   "model.remat",
   "model.moe.dispatch",
   "model.engram.exchange_capacity",
+  "model.engram.placement",
 )
 
 

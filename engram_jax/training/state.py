@@ -12,7 +12,7 @@ from engram_jax.config import Config
 from engram_jax.core.mesh import batch_shards, platform, replicated
 from engram_jax.core.rules import state_shardings
 from engram_jax.memory.hashing import HashLayout
-from engram_jax.memory.table import init_table
+from engram_jax.memory.table import by_rows, init_table
 from engram_jax.model.lm import LM, compute_dtype
 from engram_jax.model.moe import RouterBias
 from engram_jax.model.sharding import param_shardings
@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
 
   step: i32, the number of steps taken (also the next batch's number)
   params, biases: pure nested dicts of the LM's nnx.Param and RouterBias arrays
-  tables: one [R_padded, C] array per Engram layer
+  tables: one [R_padded, C] array per Engram layer; none where a placement keeps them on the host
   optimizer, row_optimizers: the optimizers' states
   bad_in_row, bad_total: i32, steps whose loss or gradients were not finite
   """
@@ -53,6 +53,7 @@ class Recipe(NamedTuple):
   learning_rate: Any
   mesh: Mesh | None = None
   placements: Any = None  # a NamedSharding per leaf of the TrainState; None on one device
+  formats: Any = None  # the same, on TPU with the layout of tables; see memory.table.by_rows
 
   @property
   def spread(self) -> Mesh | None:
@@ -92,7 +93,10 @@ def make_recipe(cfg: Config, layout: HashLayout | None = None, mesh: Mesh | None
   if recipe.spread is None:
     return recipe
   shapes = jax.eval_shape(lambda: _initial(recipe, layout, jnp.uint32(0)))
-  return recipe._replace(placements=_placements(mesh, shapes))
+  places = _placements(mesh, shapes)
+  formats = jax.tree.map(lambda place, x: by_rows(place, x.ndim), places, shapes)
+  own = places._replace(tables=formats.tables, row_optimizers=formats.row_optimizers)
+  return recipe._replace(placements=places, formats=own)
 
 
 def _rows(cfg: Config, optimizer: TouchedRows, mesh: Mesh | None) -> LocalRows | ShardedRows:
@@ -130,7 +134,7 @@ def state_shapes(recipe: Recipe, layout: HashLayout | None) -> TrainState:
   return jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
     shapes,
-    recipe.placements,
+    recipe.formats,
   )
 
 
@@ -140,7 +144,15 @@ def init_state(recipe: Recipe, layout: HashLayout | None) -> TrainState:
   The same numbers on any mesh.
   """
   make = lambda seed: _initial(recipe, layout, seed)
-  return jax.jit(make, out_shardings=recipe.placements)(jnp.uint32(recipe.config.train.seed))
+  return jax.jit(make, out_shardings=recipe.formats)(jnp.uint32(recipe.config.train.seed))
+
+
+def laid_out(recipe: Recipe, state: TrainState) -> TrainState:
+  """The state as the step wants it, given as any program or a checkpoint left it; used up, as by a
+  step. Only TPUs have a layout of their own for tables."""
+  if recipe.spread is None or platform(recipe.mesh) != "tpu":
+    return state
+  return jax.jit(lambda state: state, out_shardings=recipe.formats, donate_argnums=0)(state)
 
 
 def _initial(recipe: Recipe, layout: HashLayout | None, seed: jax.Array) -> TrainState:
@@ -158,7 +170,7 @@ def _initial(recipe: Recipe, layout: HashLayout | None, seed: jax.Array) -> Trai
       dtype=jnp.dtype(engram.table_dtype),
       mesh=recipe.spread,
     )
-    for layer in engram.layers
+    for layer in (() if engram.on_host else engram.layers)  # training/host has them
   )
   zero = jnp.zeros((), jnp.int32)
   return TrainState(

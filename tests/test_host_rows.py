@@ -1,0 +1,304 @@
+"""Tables on the host: step for step and bit for bit what a table on the device becomes."""
+
+import os
+import pathlib
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engram_jax.config import Config, load_config
+from engram_jax.errors import ConfigError, StorageError
+from engram_jax.memory.hashing import HashLayout
+from engram_jax.memory.table import init_table, padded_rows
+from engram_jax.training.host.host_rows import HostRows
+from engram_jax.training.host.records import WRITTEN, make_records
+from engram_jax.training.host.table import HEADER, FileTable
+from engram_jax.training.rows.adam import touched_row_adam
+from engram_jax.training.state import init_state, make_recipe, up_to_date
+from engram_jax.training.step import make_train_step
+
+STEPS, B, T, J, LAYERS = 30, 4, 16, 4, (0, 1)
+POISONED = (7, 8, 20)  # steps that are not finite
+FLUSHED = 14  # after which all rows are brought up to date, as before an evaluation
+# (table optimizer, micro-batches, table's dtype, placement)
+CASES = (
+  ("adam", 2, "float32", "host"),
+  ("adam", 1, "float32", "file"),
+  ("adam_catch_up", 1, "bfloat16", "host"),
+  ("adagrad", 1, "float32", "file"),
+  ("sinkhorn", 1, "bfloat16", "file"),
+)
+
+
+def config(lab, table: str = "adam", parts: int = 1, dtype: str = "float32", place: str = "host"):
+  changes = {
+    "model.moe.routed_experts": 0,
+    "model.engram.layers": list(LAYERS),
+    "model.engram.rows_per_head": 701,
+    "model.engram.table_dtype": dtype,
+    "model.engram.placement": place,
+    "data.sequence_length": T,
+    "train.batch_size": B,
+    "train.steps": STEPS,
+    "train.accumulate": parts,
+    "train.optimizer.table": table,
+    "train.optimizer.learning_rate": 0.01,
+  }
+  return load_config(lab.config, changes)
+
+
+def layout_of(cfg: Config) -> HashLayout:
+  return HashLayout.build("engram", LAYERS, cfg.model.engram.rows_per_head, 3, 2, 300, 2, 0)
+
+
+def batch_at(layout: HashLayout, step: int) -> dict[str, np.ndarray]:
+  """Rows of a batch are drawn from a few that three steps share: most are met in steps on end."""
+  numbers, shared = np.random.default_rng(step), np.random.default_rng(step // 3)
+  tokens = numbers.integers(0, 300, (B, T)).astype(np.int32)
+  pools = [shared.integers(0, layout.rows[layer], 150) for layer in LAYERS]
+  return {
+    "tokens": tokens,
+    "targets": (7 * tokens + 1) % 300,
+    "mask": numbers.random((B, T)) < 0.9,
+    "segments": np.zeros((B, T), np.int32),
+    "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+    "row_ids": np.stack([numbers.choice(p, (B, T, J)) for p in pools]).astype(np.int32),
+  }
+
+
+def trained(step, state, batches, up_to_date):
+  """(the last state, each step's metrics) of a run in which some steps are not finite."""
+  measured = []
+  for i, batch in enumerate(batches):
+    good = jax.tree.map(jnp.copy, state.params)
+    if i in POISONED:
+      state = state._replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+    state, metrics = step(state, batch)
+    assert int(metrics["nonfinite_in_row"]) == (1 + (i - 1 in POISONED) if i in POISONED else 0)
+    if i in POISONED:
+      state = state._replace(params=good)
+    if i == FLUSHED:
+      state = up_to_date(state)
+    measured.append(metrics)
+  return state, measured
+
+
+def assert_same_bits(left, right) -> None:
+  for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize(("table", "parts", "dtype", "place"), CASES)
+def test_a_run_on_the_host_is_the_run_on_the_device(lab, tmp_path, table, parts, dtype, place):
+  cfg = config(lab, table, parts, dtype, "device")
+  layout = layout_of(cfg)
+  batches = [batch_at(layout, i) for i in range(STEPS)]
+  recipe = make_recipe(cfg, layout)
+  state = init_state(recipe, layout)
+  flush = lambda state: up_to_date(recipe, state)
+  expected, metrics = trained(make_train_step(recipe), state, batches, flush)
+
+  recipe = make_recipe(config(lab, table, parts, dtype, place), layout)
+  state = init_state(recipe, layout)
+  assert state.tables == state.row_optimizers == ()
+  with HostRows(recipe, layout, tmp_path) as rows:
+    found, measured = trained(rows.step, state, rows.ahead(batches), rows.up_to_date)
+    rows.settle()
+    assert_same_bits(measured, metrics)
+    bare = expected._replace(tables=(), row_optimizers=())
+    assert_same_bits(found, bare)
+    for i, on_host in enumerate(rows.tables):
+      per_row, scalars = on_host.records.apart(expected.row_optimizers[i])
+      assert_same_bits(rows.scalars[i], scalars)
+      records = on_host.take(np.arange(on_host.records.padded))
+      written = records[WRITTEN] != 0
+      touched = np.unique(np.stack([b["row_ids"][i] for b in batches]))
+      assert written[touched].all()
+      whole = table == "adam_catch_up"  # which an evaluation brought up to date
+      assert written.sum() == (on_host.records.padded if whole else touched.size)
+      all_leaves = (expected.tables[i], *per_row)
+      for found, leaf in zip(on_host.records.split(records[written]), all_leaves, strict=True):
+        assert_same_bits(found, np.asarray(leaf)[written])
+
+
+def test_reading_ahead_meets_rows_of_the_step_before(lab, tmp_path):
+  layout = layout_of(config(lab))
+  met = [
+    np.intersect1d(batch_at(layout, i)["row_ids"][0], batch_at(layout, i + 1)["row_ids"][0]).size
+    for i in range(STEPS - 1)
+  ]
+  assert np.median(met) > 30
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_that_no_step_has_touched_are_those_of_init_table(lab, tmp_path, dtype):
+  cfg = config(lab, dtype=dtype)
+  layout = layout_of(cfg)
+  with HostRows(make_recipe(cfg, layout), layout, tmp_path) as rows:
+    some = np.random.default_rng(0).integers(0, layout.rows[0], (2, 3, 50, 4))
+    slabs, places = rows.read(some)
+    key = jax.random.key(jnp.uint32(cfg.train.seed))
+    for i, layer in enumerate(LAYERS):
+      drawn = init_table(
+        jax.random.fold_in(key, 1 + layer),
+        layout.rows[layer],
+        4,
+        std=cfg.model.init_std,
+        dtype=jnp.dtype(dtype),
+      )
+      assert_same_bits(np.asarray(slabs[i])[places[i]], np.asarray(drawn)[some[i]])
+      assert_same_bits(rows.whole()[i][0], drawn)
+
+
+# --- what goes wrong ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(lab, tmp_path):
+  """`HostRows` of files, a state, and batches."""
+  cfg = config(lab, place="file")
+  layout = layout_of(cfg)
+  recipe = make_recipe(cfg, layout)
+  with HostRows(recipe, layout, tmp_path / "rows") as rows:
+    batches = rows.ahead(batch_at(layout, i) for i in range(STEPS))
+    yield rows, init_state(recipe, layout), batches
+    rows._writing = None  # what went wrong was raised and is known
+
+
+def steps_until(error: type[Exception], match: str, rows, state, batches) -> int:
+  """How many steps were taken before it was raised."""
+  taken = []
+
+  def run(state) -> None:
+    for batch in batches:
+      state, metrics = rows.step(state, batch)
+      taken.append(jax.block_until_ready(metrics))
+
+  with pytest.raises(error, match=match):
+    run(state)
+  return len(taken)
+
+
+def test_a_write_that_fails_stops_the_run_within_two_steps(started, monkeypatch):
+  rows, state, batches = started
+  monkeypatch.setattr(rows.tables[1], "put", _fail)
+  assert steps_until(OSError, "no such luck", rows, state, batches) <= 2
+  with pytest.raises(OSError, match="no such luck"):
+    rows.settle()
+
+
+def test_a_read_that_fails_is_raised_where_its_rows_are_needed(started, monkeypatch):
+  rows, state, batches = started
+  state, _ = rows.step(state, next(batches))
+  monkeypatch.setattr(rows.tables[0], "take", _fail)
+  assert steps_until(OSError, "no such luck", rows, state, batches) <= 2
+
+
+def _fail(*_):
+  raise OSError("no such luck")
+
+
+def test_a_file_cut_off_while_it_is_used_is_noticed(started):
+  rows, state, batches = started
+  state, _ = rows.step(state, next(batches))
+  rows.settle()
+  path = rows.tables[0].path
+  os.truncate(path, path.stat().st_size - 1)
+  assert steps_until(StorageError, "layer_0.rows has .* bytes, not", rows, state, batches) <= 2
+
+
+def test_a_full_disk_is_an_error_and_not_a_killed_process(started, monkeypatch):
+  rows, state, batches = started
+  full = type("Full", (), {"f_bavail": 1, "f_frsize": 4096})
+  monkeypatch.setattr(os, "statvfs", lambda _: full)
+  assert steps_until(StorageError, "the disk has no room for", rows, state, batches) <= 2
+
+
+def records(rows: int = 1000, width: int = 4):
+  return make_records(touched_row_adam(1e-3), rows, padded_rows(rows), width, np.dtype("float32"))
+
+
+def make(path: pathlib.Path, form, meaning: str = "a") -> FileTable:
+  return FileTable(form, path, {"hash_layout": meaning})
+
+
+def test_a_file_of_other_rows_is_not_replaced(tmp_path):
+  path = tmp_path / "layer_1.rows"
+  killed = make(path, records())
+  killed.put(np.array([3]), killed.records.join(killed.records.split(killed.take(np.array([3])))))
+  shutil.copy(path, tmp_path / "left")
+  killed.close()
+  shutil.move(tmp_path / "left", path)
+  for form, meaning, match in (
+    (records(), "b", "hash_layout a, not b"),
+    (records(1001), "a", "rows 1000, not 1001"),
+    (records(width=8), "a", "record .*not"),
+  ):
+    with pytest.raises(ConfigError, match=match):
+      make(path, form, meaning)
+  again = make(path, records())
+  assert list(again.written()) == []  # one of the same rows is, by an empty one
+  again.close()
+  assert not path.exists()
+  for content in (b"", b"something else", b"engram_jax rows\n{"):
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="remove it"):
+      make(path, records())
+    assert path.read_bytes() == content
+
+
+def test_written_rows_are_found_wherever_they_are(tmp_path):
+  form = records(40_000)
+  table = make(tmp_path / "rows", form)
+  generator = np.random.default_rng(1)
+  ids = np.unique(np.r_[0, form.padded - 1, generator.integers(0, form.padded, 77), 5000:7100])
+  leaves = tuple(
+    generator.integers(0, 99, (ids.size, *shape)).astype(dtype) for _, shape, dtype in form.leaves
+  )
+  table.put(ids, form.join(leaves))
+  found, content = zip(*table.written(), strict=True)
+  np.testing.assert_array_equal(np.concatenate(found), ids)
+  for part, leaf in zip(form.split(np.concatenate(content)), leaves, strict=True):
+    np.testing.assert_array_equal(part, leaf)
+  table.close()
+
+
+def test_a_large_file_is_made_in_no_time_and_takes_no_room(tmp_path):
+  form = records(2**30, width=16)
+  begin = time.perf_counter()
+  table = make(tmp_path / "rows", form)
+  ids = np.array([0, 12_345_678, form.padded - 1])
+  assert (table.take(ids)[WRITTEN] == 0).all()
+  table.put(ids, form.join(form.split(table.take(ids))))
+  assert [ids.tolist() for ids, _ in table.written()] == [[i] for i in ids]
+  assert time.perf_counter() - begin < 5
+  status = table.path.stat()
+  assert status.st_size == HEADER + form.padded * form.dtype.itemsize > 200e9
+  assert 512 * status.st_blocks < 1e6
+  table.close()
+
+
+# --- what a config may say ----------------------------------------------------------------------
+
+
+def test_tables_on_the_host_are_for_one_device(lab):
+  cfg = load_config(lab.config, {"model.engram.placement": "host"})
+  assert cfg.mesh_sizes(1) == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+  with pytest.raises(ConfigError, match=r"placement='host' .*mesh.data=2: give placement=device"):
+    cfg.mesh_sizes(2)
+  for field, match in (("mesh.fsdp", "mesh.fsdp=2"), ("distributed.processes", "processes=2")):
+    changes = {"model.engram.placement": "file", field: 2, "distributed.coordinator": "a:1"}
+    with pytest.raises(ConfigError, match=f"placement='file'.*{match}.*placement=device"):
+      load_config(lab.config, changes)
+  without = {"model.engram.placement": "host", "model.engram.layers": [], "mesh.fsdp": 2}
+  assert not load_config(lab.config, without).model.engram.on_host
+
+
+def test_an_optimizer_that_moves_all_rows_is_not_for_files(lab):
+  changes = {"model.engram.placement": "file", "train.optimizer.table": "adam_catch_up"}
+  with pytest.raises(ConfigError, match=r"adam_catch_up.*give adam, adagrad or sinkhorn"):
+    load_config(lab.config, changes)
