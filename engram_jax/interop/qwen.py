@@ -1,0 +1,205 @@
+"""The per-layer-embedding (PLE) tensors of Qwen3.8-Flash-Next checkpoints.
+
+For the one 1-based entry l + 1 of `ple_layer_ids`, under `model.language_model.layers.{l}.ple.`,
+with G = `hc_count` branches of width D, J heads of width C and M = J C = `ple_embed_dim`:
+
+    ple_embedding.ngram_embedding.shard_{i}.weight   BF16 or F8_E4M3 [R_padded/128, C]
+    ple_embedding.ngram_embedding.weight_scale       with F8_E4M3: one number for all rows
+    ple_embedding.layer_multipliers                  I64 [N]   these three are rebuilt and compared
+    ple_embedding.ngram_heads_vocab_sizes, ngram_heads_offsets   I64 [J]
+    key_proj.weight [G D, M], value_proj.weight [D, M]
+    norm_key.weight, norm_query.weight, norm_conv.weight [G D]   a norm per branch, times 1 + weight
+    conv1d.weight [G D, 1, W]                        depthwise, causal, dilated by N
+"""
+
+import functools
+import math
+from typing import Annotated
+
+import numpy as np
+import pydantic
+from pydantic import Field
+
+from engram_jax.config import EngramConfig
+from engram_jax.errors import ConfigError
+from engram_jax.interop.folder import CONFIG, Folder
+from engram_jax.interop.memory import (
+  MAX_VOCAB,
+  Memory,
+  Table,
+  hash_layout,
+  module_config,
+  parsed,
+  require_equal,
+)
+from engram_jax.memory.compress import TokenCompressor
+from engram_jax.memory.dialects import QWEN_SEED, HashLayout
+
+KIND = "qwen_ple"
+FLOATS = ("BF16", "F16", "F32")
+Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class Fields(pydantic.BaseModel):
+  """What is read of `text_config`."""
+
+  model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+  ple_layer_ids: list[Annotated[int, Field(ge=1)]] = Field(min_length=1, max_length=1)
+  ple_embed_dim: Size
+  ple_conv_kernel_size: Annotated[int, Field(ge=1, le=64)]
+  ngram_size: Annotated[int, Field(ge=2, le=8)]
+  heads_per_ngram: Annotated[int, Field(ge=1, le=1024)]
+  ngram_vocab_size_base: Size
+  make_ngram_vocab_size_divisible_by: Size = 128
+  split_ngram_parts: Annotated[int, Field(ge=1, le=2**16)] = 128
+  hidden_size: Size
+  hc_count: Annotated[int, Field(ge=1, le=64)]
+  vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCAB)]
+  eos_token_id: Annotated[int, Field(ge=0)] | list[Annotated[int, Field(ge=0)]]
+  rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+  seed: Annotated[int, Field(ge=0)] = QWEN_SEED  # absent from the released config
+
+
+def matches(config: dict) -> bool:
+  """Whether a config.json is of this layout."""
+  return bool(_text_config(config).get("ple_layer_ids"))
+
+
+def open_memory(folder: Folder) -> Memory:
+  """The memory of a checkpoint, once everything that can be rebuilt was found equal.
+
+  Raises ConfigError, with both values, for stored hash constants that are not the rebuilt ones,
+  a tokenizer with more ids than the model, or a tensor of another shape or dtype.
+  """
+  fields = parsed(Fields, _text_config(folder.config), folder.path / CONFIG)
+  tokenizer = folder.tokenizer(fields.vocab_size)
+  compressor = TokenCompressor.identity(fields.vocab_size)
+  cfg = _module_config(folder, fields)
+  layout = hash_layout(folder, cfg, compressor)
+  layer = layout.layers[0]
+  _check_constants(folder, layer, layout)
+  D, G = fields.hidden_size, fields.hc_count
+  parts = _check_tensors(folder, layer, layout.rows[layer], cfg, fields)
+  table = Table(folder, parts, layout.rows[layer], cfg.row_width, factor=_factor(folder, layer))
+  return Memory(
+    kind=KIND,
+    cfg=cfg,
+    width=D,
+    branches=G,
+    tokenizer=tokenizer,
+    compressor=compressor,
+    layout=layout,
+    tables={layer: table},
+    parameters=functools.partial(_parameters, folder, D, G),
+    tensors=tuple(name for name in folder.names if name.startswith(tensor_name(layer, ""))),
+  )
+
+
+def tensor_name(layer: int, part: str) -> str:
+  """The tensor `part` ("key_proj.weight") of block `layer`, 0-based."""
+  return f"model.language_model.layers.{layer}.ple.{part}"
+
+
+def shard_name(layer: int, part: int) -> str:
+  """Part `part` of block `layer`'s rows."""
+  return tensor_name(layer, f"ple_embedding.ngram_embedding.shard_{part}.weight")
+
+
+def _scale(layer: int) -> str:
+  return tensor_name(layer, "ple_embedding.ngram_embedding.weight_scale")
+
+
+def _text_config(config: dict) -> dict:
+  inner = config.get("text_config", config)
+  return inner if isinstance(inner, dict) else {}
+
+
+def _module_config(folder: Folder, fields: Fields) -> EngramConfig:
+  columns = (fields.ngram_size - 1) * fields.heads_per_ngram
+  if fields.ple_embed_dim % columns:
+    raise ConfigError(
+      f"{folder.path}: ple_embed_dim={fields.ple_embed_dim} does not divide by its "
+      f"{columns} = (ngram_size - 1) x heads_per_ngram columns"
+    )
+  eos = fields.eos_token_id
+  if eos == []:
+    raise ConfigError(f"{folder.path}: eos_token_id is empty: the hash needs one")
+  return module_config(
+    folder,
+    layers=[fields.ple_layer_ids[0] - 1],
+    max_ngram=fields.ngram_size,
+    heads=fields.heads_per_ngram,
+    row_width=fields.ple_embed_dim // columns,
+    rows_per_head=fields.ngram_vocab_size_base,
+    seed=fields.seed,
+    pad_id=eos[0] if isinstance(eos, list) else eos,
+    dialect="qwen_ple",
+    conv_kernel=fields.ple_conv_kernel_size,
+    norm_eps=fields.rms_norm_eps,
+    conv_norm_eps=fields.rms_norm_eps,
+  )
+
+
+def _check_constants(folder: Folder, layer: int, layout: HashLayout) -> None:
+  """Stored hash constants against rebuilt ones."""
+  rebuilt = {
+    "layer_multipliers": layout.multipliers[layer],
+    "ngram_heads_vocab_sizes": tuple(p for heads in layout.primes[layer] for p in heads),
+    "ngram_heads_offsets": layout.offsets[layer],
+  }
+  for part, values in rebuilt.items():
+    name = tensor_name(layer, f"ple_embedding.{part}")
+    folder.check(name, "I64", (len(values),))
+    require_equal(folder.path, name, folder.read(name).tolist(), list(values))
+
+
+def _check_tensors(
+  folder: Folder, layer: int, rows: int, cfg: EngramConfig, fields: Fields
+) -> tuple[str, ...]:
+  """Checks shapes and dtypes; the names of the table's parts."""
+  parts, multiple = fields.split_ngram_parts, fields.make_ngram_vocab_size_divisible_by
+  padded = -(-rows // multiple) * multiple
+  if padded % parts:
+    raise ConfigError(
+      f"{folder.path}: {rows:,} rows padded to {padded:,} do not divide into "
+      f"split_ngram_parts={parts}"
+    )
+  names = tuple(shard_name(layer, i) for i in range(parts))
+  dtype = folder.tensor(names[0]).dtype
+  for name in names:
+    folder.check(
+      name, dtype if dtype in ("BF16", "F8_E4M3") else "BF16", (padded // parts, cfg.row_width)
+    )
+  GD, M, W = fields.hc_count * fields.hidden_size, cfg.memory_width, cfg.conv_kernel
+  folder.check(tensor_name(layer, "key_proj.weight"), FLOATS, (GD, M))
+  folder.check(tensor_name(layer, "value_proj.weight"), FLOATS, (fields.hidden_size, M))
+  for norm in ("norm_key", "norm_query", "norm_conv"):
+    folder.check(tensor_name(layer, f"{norm}.weight"), FLOATS, (GD,))
+  folder.check(tensor_name(layer, "conv1d.weight"), FLOATS, (GD, 1, W))
+  return names
+
+
+def _factor(folder: Folder, layer: int) -> float:
+  """What all rows are multiplied by: 1 for BF16, the table's one scale for FP8."""
+  if folder.tensor(shard_name(layer, 0)).dtype == "BF16":
+    return 1.0
+  found = folder.tensor(_scale(layer))
+  if found.dtype not in FLOATS or math.prod(found.shape) != 1:
+    raise ConfigError(
+      f"{folder.path}: {_scale(layer)} is {found.dtype}{list(found.shape)}, not one number"
+    )
+  return float(folder.read(_scale(layer)).reshape(-1)[0])
+
+
+def _parameters(folder: Folder, D: int, G: int, layer: int) -> dict[str, np.ndarray]:
+  read = lambda part: folder.read(tensor_name(layer, f"{part}.weight")).astype(np.float32)
+  norm = lambda part: 1 + read(part).reshape(G, D)
+  return {
+    "w_key": np.ascontiguousarray(read("key_proj").T).reshape(-1, G, D),
+    "w_value": np.ascontiguousarray(read("value_proj").T),
+    "g_key": norm("norm_key"),
+    "g_query": norm("norm_query"),
+    "g_conv": norm("norm_conv"),
+    "w_conv": np.ascontiguousarray(read("conv1d")[:, 0].T).reshape(-1, G, D),
+  }

@@ -1,0 +1,167 @@
+"""Asking a checkpoint's memory about a text: canonical ids, row ids, rows, gates.
+
+    with MemoryReader("path/to/checkpoint") as reader:
+      reading = reader.read("Only Alexander the Great")
+      reading.row_ids[1]                       # [T, J] of block 1
+      delta, gate = reader.output(1, hidden_BTGD, reader.rows(1, reading.row_ids[1])[None])
+
+The folder is ours (`convert export`), DeepSeek-V4.1's or Qwen3.8-Flash-Next's. Opening it verifies
+the rebuilt hash constants against what it says; rows and weights are read only when asked for.
+"""
+
+import os
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from engram_jax.errors import ConfigError
+from engram_jax.interop import deepseek, own, qwen
+from engram_jax.interop.folder import Folder
+from engram_jax.interop.memory import Memory
+from engram_jax.memory.engram import Engram
+from engram_jax.memory.hashing import hash_ids_numpy
+
+LAYOUTS: tuple[ModuleType, ...] = (own, deepseek, qwen)
+
+
+class Reading(NamedTuple):
+  """A text as a memory sees it; T tokens, row ids by layer."""
+
+  token_ids: list[int]
+  tokens: list[str]  # what each id alone decodes to
+  canonical_ids: np.ndarray  # int32 [T]
+  row_ids: dict[int, np.ndarray]  # int32 [T, J], offsets included
+
+
+def open_memory(folder: Folder) -> Memory:
+  """The verified memory of a folder in any of the layouts.
+
+  Raises ConfigError where the config is of none of them, and what the layout refuses.
+  """
+  for layout in LAYOUTS:
+    if layout.matches(folder.config):
+      return layout.open_memory(folder)
+  kinds = ", ".join(layout.KIND for layout in LAYOUTS)
+  raise ConfigError(f"{folder.path}: config.json describes no memory of a known layout ({kinds})")
+
+
+class MemoryReader:
+  """The memory of a checkpoint folder; a context manager.
+
+  Attributes:
+    memory: what the folder holds (interop.memory.Memory): kind, layout, tables, sizes.
+
+  Raises ConfigError (code 2) for what does not fit together, StorageError (5) for damaged files.
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    self._folder = Folder(path)
+    self._modules: dict[int, Engram] = {}
+    try:
+      self.memory = open_memory(self._folder)
+    except BaseException:
+      self._folder.close()
+      raise
+
+  def __enter__(self) -> "MemoryReader":
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.close()
+
+  def close(self) -> None:
+    self._folder.close()
+
+  @property
+  def layers(self) -> tuple[int, ...]:
+    """0-based blocks that read a memory."""
+    return self.memory.layout.layers
+
+  @property
+  def bytes_read(self) -> int:
+    """Read from tensor files so far, headers included."""
+    return self._folder.bytes_read
+
+  def read(self, text: str, special_tokens: bool = False) -> Reading:
+    """Ids of a text; ConfigError where it has no tokens.
+
+    special_tokens: with those that the tokenizer adds around a text.
+    """
+    tokenizer = self.memory.tokenizer
+    ids = tokenizer.encode(text, add_special_tokens=special_tokens).ids
+    if not ids:
+      raise ConfigError(f"text={text!r} has no tokens: give some text")
+    canonical = self.canonical_ids(np.array(ids, np.int64))
+    return Reading(
+      token_ids=ids,
+      tokens=[tokenizer.decode([i], skip_special_tokens=False) for i in ids],
+      canonical_ids=canonical,
+      row_ids={layer: self.row_ids(layer, canonical[None])[0] for layer in self.layers},
+    )
+
+  def canonical_ids(self, token_ids: np.ndarray) -> np.ndarray:
+    """int32, of token ids of any shape; ValueError on one outside the vocabulary."""
+    return self.memory.compressor(token_ids)
+
+  def row_ids(
+    self,
+    layer: int,
+    canonical_BT: np.ndarray,
+    segments_BT: np.ndarray | None = None,
+    mask_BT: np.ndarray | None = None,
+  ) -> np.ndarray:
+    """int32 [B, T, J] row ids of a layer, offsets included.
+
+    segments_BT, mask_BT: as in `memory.hashing.hash_ids_numpy`.
+    """
+    layout = self.memory.layout
+    ids = hash_ids_numpy(layout, layer, canonical_BT, segments_BT, mask_BT=mask_BT)
+    return ids + np.asarray(layout.offsets[layer], np.int32)
+
+  def rows(self, layer: int, row_ids: np.ndarray) -> np.ndarray:
+    """float32 [..., C], dequantised; each distinct row is read once. ValueError for a bad id."""
+    return self.memory.tables[layer](row_ids)
+
+  def module(self, layer: int) -> Engram:
+    """The layer's module with the checkpoint's weights in float32; read once, then kept."""
+    if layer not in self._modules:
+      self._modules[layer] = _module(self.memory, layer)
+    return self._modules[layer]
+
+  def output(
+    self,
+    layer: int,
+    hidden_BTGD: jax.Array,
+    rows_BTM: jax.Array,
+    mask_BT: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """(delta_BTGD, gate_BTG): what the module adds to the branches, and its gates.
+
+    Args:
+      hidden_BTGD: the residual branches at the block's entry; their dtype is the compute dtype.
+      rows_BTM: rows of each token, end to end ([B, T, J, C] is taken too).
+      mask_BT: bool; True where no text token stands: gate and delta are zero there (V4.1).
+
+    Raises ValueError for a mask where the module has a convolution, which would look past it.
+    """
+    if mask_BT is not None and self.memory.cfg.conv_kernel:
+      raise ValueError(f"a {self.memory.kind} memory has a convolution and takes no mask")
+    delta, probes = self.module(layer)(hidden_BTGD, jnp.asarray(rows_BTM))
+    gate = probes["gate"]
+    if mask_BT is None:
+      return delta, gate
+    masked = jnp.asarray(mask_BT, bool)[..., None]
+    return jnp.where(masked[..., None], 0, delta), jnp.where(masked, 0, gate)
+
+
+def _module(memory: Memory, layer: int) -> Engram:
+  make = lambda: Engram(memory.cfg, memory.width, memory.branches, rngs=nnx.Rngs(0))
+  graphdef, shapes = nnx.split(nnx.eval_shape(make), nnx.Param)
+  values = {name: jnp.asarray(array) for name, array in memory.parameters(layer).items()}
+  expected = {name: leaf.shape for name, leaf in nnx.to_pure_dict(shapes).items()}
+  assert {name: value.shape for name, value in values.items()} == expected
+  return nnx.merge(graphdef, nnx.State(values))
