@@ -1,0 +1,231 @@
+"""The OpenAI API over HTTP, and a page to try the model on.
+
+    GET /  GET /health  GET /v1/models  POST /v1/completions  POST /v1/chat/completions
+
+Besides OpenAI's own fields a request takes `top_k`, `repetition_penalty` and `gates`; with
+`"gates": true` each choice, or piece of a streamed one, also has
+
+    "engram": {"tokens": [{"id": 17, "text": " the", "gates": [0.41]}]}
+
+one number for each memory (the model's `engram.layers` says which blocks they are in): the mean of
+its gate over the branches at that token. With `echo` the prompt's tokens have them too.
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from engram_jax.errors import ConfigError, EngramError
+from engram_jax.inference.server.answer import Answer
+from engram_jax.inference.server.engine import Engine
+from engram_jax.inference.server.guard import Guard, error_response
+from engram_jax.inference.server.job import EngineDown, Job, QueueFull
+from engram_jax.inference.server.listening import Gone, Listening
+from engram_jax.inference.server.schema import Asked, ChatBody, CompletionBody
+from engram_jax.inference.server.words import Words
+
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+class UnknownModel(EngramError):
+  """A request names another model than the one that is served."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+  """name: the model's. api_key: needed if given. hosts: see `Guard`."""
+
+  engine: Engine
+  words: Words
+  name: str
+  api_key: str | None = None
+  hosts: frozenset[str] | None = LOOPBACK
+  max_body: int = 4 << 20
+  timeout: float = 30.0
+  created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+
+def make_app(service: Service) -> FastAPI:
+  """The engine must be running."""
+  app = FastAPI(title="engram_jax", docs_url=None, redoc_url=None)  # those load scripts from afar
+  app.add_middleware(
+    Guard,
+    api_key=service.api_key,
+    hosts=service.hosts,
+    max_body=service.max_body,
+    timeout=service.timeout,
+  )
+  for kind, handler in _HANDLERS.items():
+    app.add_exception_handler(kind, handler)
+  jobs_of = functools.partial(_jobs, service)
+
+  @app.get("/", response_class=HTMLResponse)
+  async def page() -> HTMLResponse:
+    return HTMLResponse(_page(), headers={"Content-Security-Policy": _POLICY})
+
+  @app.get("/health")
+  async def health() -> JSONResponse:
+    status = service.engine.status()
+    return JSONResponse(status, 200 if status["status"] == "ok" else 503)
+
+  @app.get("/v1/models")
+  async def models() -> dict[str, Any]:
+    return {"object": "list", "data": [_model(service)]}
+
+  @app.get("/v1/models/{name:path}")
+  async def model(name: str) -> dict[str, Any]:
+    _check_model(service, name)
+    return _model(service)
+
+  @app.post("/v1/completions")
+  async def completions(body: CompletionBody, request: Request) -> Response:
+    jobs = await jobs_of(service.words.completion_jobs, body)
+    return await _answered(service, body, jobs, request)
+
+  @app.post("/v1/chat/completions")
+  async def chat(body: ChatBody, request: Request) -> Response:
+    jobs = await jobs_of(service.words.chat_jobs, body)
+    return await _answered(service, body, jobs, request)
+
+  return app
+
+
+async def _jobs(service: Service, make: Callable[..., list[Job]], body: Asked) -> list[Job]:
+  """In a thread: tokenising a long text must not keep others waiting."""
+  if body.model is not None:
+    _check_model(service, body.model)
+  jobs = await run_in_threadpool(make, body, service.engine.decoder.capacity)
+  if len(jobs) > service.engine.queue:
+    raise ConfigError(
+      f"prompt: {len(jobs)} continuations in one request, but only {service.engine.queue} may wait"
+    )
+  return jobs
+
+
+async def _answered(service: Service, body: Asked, jobs: list[Job], request: Request) -> Response:
+  answer = Answer(body, jobs, service.words, service.name)
+  listening = Listening(service.engine, jobs, request.receive)
+  response = None
+  try:
+    events = aiter(listening)
+    if body.stream:
+      # Headers are sent with the first event: until then a failure can still be a status.
+      first = await anext(events)
+      response = _Stream(_lines(answer, first, events), listening.close)
+      return response
+    async for i, event in events:
+      answer.add(i, event)
+    return JSONResponse(answer.whole())
+  except Gone:
+    return Response(status_code=499)  # nobody reads it
+  finally:
+    if response is None:  # else the stream does it
+      listening.close()
+
+
+async def _lines(answer: Answer, first: Any, events: AsyncIterator) -> AsyncIterator[str]:
+  """Server-sent events."""
+  line = lambda value: f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"
+  try:
+    for chunk in answer.first():
+      yield line(chunk)
+    if chunk := answer.add(*first):
+      yield line(chunk)
+    async for i, event in events:
+      if chunk := answer.add(i, event):
+        yield line(chunk)
+    for chunk in answer.last():
+      yield line(chunk)
+  except Gone:
+    return
+  except EngineDown as error:
+    yield line(json.loads(error_response(503, str(error), code="engine_down").body))
+  yield "data: [DONE]\n\n"
+
+
+class _Stream(StreamingResponse):
+  """Closes what it listens to however it ends."""
+
+  def __init__(self, lines: AsyncIterator[str], close: Callable[[], None]):
+    super().__init__(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    self._close = close
+
+  async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    try:
+      await super().__call__(scope, receive, send)
+    finally:
+      self._close()
+
+
+def _model(service: Service) -> dict[str, Any]:
+  cfg = service.engine.decoder.model.cfg
+  return {
+    "id": service.name,
+    "object": "model",
+    "created": service.created,
+    "owned_by": "engram_jax",
+    "engram": {"layers": list(cfg.engram.layers), "capacity": service.engine.decoder.capacity},
+  }
+
+
+def _check_model(service: Service, name: str) -> None:
+  if name != service.name:
+    raise UnknownModel(f"there is no model {name[:200]!r} here, only {service.name!r}")
+
+
+def _page() -> str:
+  return importlib.resources.files(__package__).joinpath("page.html").read_text("utf-8")
+
+
+_POLICY = (
+  "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+)
+
+
+async def _invalid(_: Request, error: RequestValidationError) -> Response:
+  first = error.errors()[0]
+  where = ".".join(map(str, first["loc"][1:]))[:200] or "body"
+  message = str(first["msg"]).removeprefix("Value error, ")[:500]
+  if first["type"] == "extra_forbidden":
+    message = "is not a field of this request"
+  return error_response(400, f"{where}: {message}")
+
+
+async def _http(_: Request, error: HTTPException) -> Response:
+  return error_response(error.status_code, str(error.detail), headers=error.headers)
+
+
+async def _unknown_model(_: Request, error: UnknownModel) -> Response:
+  return error_response(404, str(error), code="model_not_found")
+
+
+async def _bad(_: Request, error: ConfigError) -> Response:
+  return error_response(400, str(error))
+
+
+async def _full(_: Request, error: QueueFull) -> Response:
+  return error_response(429, str(error), code="queue_full", headers={"Retry-After": "1"})
+
+
+async def _down(_: Request, error: EngineDown) -> Response:
+  return error_response(503, str(error), code="engine_down")
+
+
+_HANDLERS = {
+  RequestValidationError: _invalid,
+  HTTPException: _http,
+  UnknownModel: _unknown_model,
+  ConfigError: _bad,
+  QueueFull: _full,
+  EngineDown: _down,
+}
