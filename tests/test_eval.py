@@ -107,7 +107,8 @@ def test_an_exchanged_tokenizer_is_refused_with_both_digests(lab, run, tmp_path)
   assert "another tokenizer" in done.err
   # Sixty-four hexadecimal digits: a path of that length (there was one) is no digest.
   digests = set(re.findall(r"\b[0-9a-f]{64}\b", done.err))
-  assert len(digests) == 2 and trained_with in digests
+  assert len(digests) == 2
+  assert trained_with in digests
   assert done.out == ""
 
 
