@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import importlib.util
 import io
 import os
@@ -91,17 +92,21 @@ class Lab(NamedTuple):
   def evaluation(self, run: pathlib.Path, *args: object) -> Done:
     return self.run(self.eval, "--run", run, *args)
 
-  def process(self, *words: object) -> subprocess.CompletedProcess:
-    """A Python process that finds the programs compiled here."""
-    environment = os.environ | {
+  @property
+  def environment(self) -> dict[str, str]:
+    """In which a Python process finds the programs compiled here."""
+    return os.environ | {
       "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
       "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
       "PYTHONPATH": str(ROOT),
     }
+
+  def process(self, *words: object) -> subprocess.CompletedProcess:
+    """A Python process in that environment, run to its end."""
     words = [sys.executable, *map(str, words)]
-    return subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(words, env=self.environment, cwd=ROOT, capture_output=True, text=True)
 
 
 def load_command(name: str) -> ModuleType:
@@ -111,6 +116,15 @@ def load_command(name: str) -> ModuleType:
   sys.modules[spec.name] = module
   spec.loader.exec_module(module)
   return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+  """Compiled programs end with their file: each holds memory mappings, of which a process may have
+  65,530 on Linux by default, and the compiler does not survive the one that fails."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -129,8 +143,8 @@ def built(tmp_path_factory) -> Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(built, tmp_path_factory) -> Iterator[Lab]:
-  """Programs are compiled once for all runs, and quickly rather than well."""
+def quick(built) -> Iterator[None]:
+  """Programs are compiled once for all tests, and quickly rather than well."""
   options = {
     "jax_disable_most_optimizations": True,
     "jax_compilation_cache_dir": str(built.compiled),
@@ -141,10 +155,16 @@ def lab(built, tmp_path_factory) -> Iterator[Lab]:
   for name, value in options.items():
     jax.config.update(name, value)
   compilation_cache.reset_cache()
-  yield built._replace(folder=tmp_path_factory.mktemp("runs"))
+  yield
   for name, value in before.items():
     jax.config.update(name, value)
   compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def lab(quick, built, tmp_path_factory) -> Lab:
+  """With a folder of its own for runs."""
+  return built._replace(folder=tmp_path_factory.mktemp("runs"))
 
 
 def share_programs(commands: list[ModuleType]) -> None:

@@ -1,0 +1,125 @@
+"""`python -m engram_jax convert import`: a run made of what `convert export` wrote."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from engram_jax.config import Config, build
+from engram_jax.core.checkpoint import Checkpoints
+from engram_jax.core.rules import path_name
+from engram_jax.core.run_directory import CHECKPOINTS
+from engram_jax.core.run_directory import CONFIG as RUN_CONFIG
+from engram_jax.core.run_directory import TOKENIZER as RUN_TOKENIZER
+from engram_jax.errors import ConfigError
+from engram_jax.interop import own as layout_of_runs
+from engram_jax.interop.folder import CONFIG, TOKENIZER, Folder
+from engram_jax.interop.tensor_file import NAMES
+from engram_jax.interop.writer import new_folder, ranges, write_text
+from engram_jax.training.state import Recipe, TrainState, make_recipe, state_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+  source: Annotated[pathlib.Path, tyro.conf.arg(name="from")]
+  """Folder that `convert export` wrote."""
+  run: pathlib.Path
+  """Folder of the run to make; nothing is overwritten."""
+  json: bool = False
+  """One JSON object on stdout."""
+
+
+def main(args: Sequence[str]) -> int:
+  """A run that eval.py opens, of an exported folder; its optimizer starts anew."""
+  own = tyro.cli(Args, prog="python -m engram_jax convert import", args=args, description=__doc__)
+  with Folder(own.source) as folder:
+    if not layout_of_runs.matches(folder.config):
+      raise ConfigError(
+        f"--from {own.source}: its {CONFIG} is not one that `convert export` wrote; the memory of "
+        "another model can be read with `python -m engram_jax inspect`"
+      )
+    cfg, step, meaning = layout_of_runs.read_config(folder)
+    cfg = renamed(cfg, own.run)
+    _, layout = layout_of_runs.verified_layout(folder, cfg, meaning)
+    layout_of_runs.check_tables(folder, cfg.model.engram, layout)
+    recipe = make_recipe(cfg.on_device(), layout)
+    shapes = state_shapes(recipe, layout)
+    check_parameters(folder, shapes)
+    with new_folder(own.run) as part:
+      state = restored(folder, recipe, shapes, step)
+      with Checkpoints(part / CHECKPOINTS, keep=1) as checkpoints:
+        checkpoints.save(step, state, meaning | {"next_batch": step})
+      text = (own.source / TOKENIZER).read_text(encoding="utf-8")
+      write_text(part / RUN_TOKENIZER, text)
+      write_text(part / RUN_CONFIG, cfg.to_yaml())
+  result = {"run": str(own.run), "step": step}
+  said = f"{own.run}: step {step}; evaluate it with: python eval.py --run {own.run}"
+  print(json.dumps(result) if own.json else said)
+  return 0
+
+
+def renamed(cfg: Config, run: pathlib.Path) -> Config:
+  """The config for a run in that folder; ConfigError for a name that a run cannot have."""
+  place = run.absolute()
+  tree = cfg.model_dump()
+  tree["run"] |= {"root": str(place.parent), "name": place.name}
+  return build(tree, f"--run {run}")
+
+
+def check_parameters(folder: Folder, shapes: TrainState) -> None:
+  """ConfigError unless the folder holds the parameters of this state and nothing else."""
+  wanted = {**_named(shapes, "params"), **_named(shapes, "biases")}
+  for name, leaf in wanted.items():
+    folder.check(name, NAMES[np.dtype(leaf.dtype)], leaf.shape)
+  parts = ("params.", "biases.")
+  extra = [name for name in folder.names if name.startswith(parts) and name not in wanted]
+  if extra:
+    raise ConfigError(f"{folder.path}: {extra[0]} is no parameter of the model in its {CONFIG}")
+
+
+def restored(folder: Folder, recipe: Recipe, shapes: TrainState, step: int) -> TrainState:
+  """The state after `step` steps with the folder's numbers, and an optimizer that knows none."""
+  read = lambda part: jax.tree_util.tree_map_with_path(
+    lambda path, _: jnp.asarray(folder.read(_tensor(part, path))), getattr(shapes, part)
+  )
+  params = read("params")
+  layers = recipe.config.model.engram.layers
+  tables = tuple(
+    _padded(folder, layout_of_runs.table_name(layer), table)
+    for layer, table in zip(layers, shapes.tables, strict=True)
+  )
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(
+    step=jnp.full((), step, jnp.int32),
+    params=params,
+    biases=read("biases"),
+    tables=tables,
+    optimizer=jax.jit(recipe.optimizer.init)(params),
+    row_optimizers=tuple(jax.jit(recipe.rows.optimizer.init)(table) for table in tables),
+    bad_in_row=zero,
+    bad_total=zero,
+  )
+
+
+def _padded(folder: Folder, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+  """A table as it is trained: the stored rows, then zeros."""
+  tensor = folder.tensor(name)
+  table = np.zeros(like.shape, like.dtype)
+  for start, stop in ranges(tensor.shape[0], tensor.row_bytes):
+    table[start:stop] = folder.read(name, start, stop)
+  return jnp.asarray(table)
+
+
+def _named(shapes: TrainState, part: str) -> dict[str, Any]:
+  leaves = jax.tree_util.tree_flatten_with_path(getattr(shapes, part))[0]
+  return {_tensor(part, path): leaf for path, leaf in leaves}
+
+
+def _tensor(part: str, path: Any) -> str:
+  return layout_of_runs.tensor_name(f"{part}/{path_name(path)}")

@@ -1,0 +1,110 @@
+"""`python -m engram_jax convert table`: a run's tables as one file that is read row by row."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+import tyro
+from tqdm import tqdm
+
+from engram_jax.commands.open_model import chosen_step
+from engram_jax.core.checkpoint import Checkpoints
+from engram_jax.core.run_directory import CHECKPOINTS, open_run
+from engram_jax.errors import ConfigError
+from engram_jax.inference.store.file import FileRows
+from engram_jax.inference.store.table_file import TableHeader
+from engram_jax.inference.store.write import require_new, write_table_file
+from engram_jax.memory.codecs import Kind
+from engram_jax.memory.hashing import HashLayout
+from engram_jax.training.saved_rows import saved_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+  run: pathlib.Path
+  """Folder of a run that train.py wrote."""
+  to: pathlib.Path
+  """The file to write; nothing is overwritten."""
+  dtype: Kind = "fp8_e4m3"
+  """Encoding of the rows; fp8_e4m3 is that of DeepSeek-V4.1."""
+  step: int | None = None
+  """Checkpoint to read; the newest one that is sound if left out."""
+  json: bool = False
+  """One JSON object on stdout, everything else on stderr."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyArgs:
+  file: pathlib.Path
+  """A file that `convert table` wrote."""
+  json: bool = False
+  """One JSON object on stdout."""
+
+
+def main(args: Sequence[str]) -> int:
+  """A run's tables as one file that generation reads row by row."""
+  own = tyro.cli(Args, prog="python -m engram_jax convert table", args=args, description=__doc__)
+  require_new(own.to)
+  cfg = open_run(own.run)
+  say = lambda text: print(text, file=sys.stderr)
+  begin = time.perf_counter()
+  with Checkpoints(own.run / CHECKPOINTS, keep=None) as checkpoints:
+    step = chosen_step(checkpoints, own.run, own.step, say)
+    meta = checkpoints.meta(step)
+    if meta["hash_layout"] is None:
+      raise ConfigError(f"--run {own.run} was trained without a memory: it has no tables")
+    layout = HashLayout.from_description(meta["hash_layout"])
+    with tqdm(total=sum(layout.rows.values()), unit="row", unit_scale=True, file=sys.stderr) as bar:
+
+      def blocks(layer: int):
+        for rows_UC in saved_rows(checkpoints, step, cfg, layout, layer):
+          yield rows_UC
+          bar.update(len(rows_UC))
+
+      header = write_table_file(
+        own.to,
+        blocks,
+        layout,
+        meta["token_map_digest"],
+        kind=own.dtype,
+        width=cfg.model.engram.row_width,
+        source={"run": own.run.resolve().name, "step": step},
+      )
+  _show(own.to, header, own.json, seconds=round(time.perf_counter() - begin, 3))
+  return 0
+
+
+def verify(args: Sequence[str]) -> int:
+  """Reads a whole table file and compares its checksums; leaves with 5 if it is damaged."""
+  own = tyro.cli(VerifyArgs, prog="python -m engram_jax convert verify", args=args)
+  begin = time.perf_counter()
+  with FileRows(own.file, threads=1) as store:
+    store.verify()
+    _show(own.file, store.header, own.json, seconds=round(time.perf_counter() - begin, 3))
+  return 0
+
+
+def _show(path: pathlib.Path, header: TableHeader, as_json: bool, seconds: float) -> None:
+  rows = {str(table.layer): table.rows for table in header.tables}
+  result = {
+    "file": str(path),
+    "source": header.source,
+    "dtype": header.kind,
+    "width": header.width,
+    "rows": rows,
+    "row_bytes": header.tables[0].bytes // header.tables[0].rows,
+    "bytes": header.file_bytes,
+    "token_map_digest": header.token_map_digest,
+    "hash_layout_digest": header.layout().digest,
+    "seconds": seconds,
+  }
+  if as_json:
+    print(json.dumps(result))
+    return
+  origin = "".join(f", {name} {value}" for name, value in header.source.items())
+  print(f"{path}: {header.kind} rows of width {header.width}{origin}, {header.file_bytes:,} bytes")
+  for layer, count in rows.items():
+    print(f"  layer {layer}: {count:,} rows of {result['row_bytes']} bytes")

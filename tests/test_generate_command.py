@@ -1,0 +1,108 @@
+"""`generate` on a run that train.py wrote: one text, wherever its tables are."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from engram_jax import __main__ as package
+from engram_jax.commands import convert
+
+PROMPTS = ("def insort(", "import")
+
+
+@pytest.fixture(scope="module")
+def run(lab):
+  assert lab.training(lab.folder, "--train.steps", 6).code == 0
+  return lab.folder / "t"
+
+
+@pytest.fixture
+def say(lab):
+  """`python -m engram_jax generate ...` in this process."""
+  return lambda *words: lab.run(package, "generate", *words)
+
+
+def answers(done):
+  assert done.code == 0, done.err
+  return json.loads(done.out)
+
+
+def test_the_texts_are_eval_s(lab, run, say):
+  """What the plain form says, which runs the whole window again for each token."""
+  plain = lab.evaluation(run, "--json", "--batches", 1, "--tokens", 12, "--prompt", *PROMPTS)
+  result = answers(say("--run", run, "--prompt", *PROMPTS, "--tokens", 12, "--json"))
+  expected = [sample["greedy"] for sample in answers(plain)["samples"]]
+  assert [one["text"] for one in result["completions"]] == expected
+  assert result["step"] == 6
+  assert all(one["finish"] in ("length", "end_of_text") for one in result["completions"])
+
+
+def test_tables_on_the_host_and_in_a_file_say_the_same(run, say, tmp_path):
+  path = tmp_path / "t.engram"
+  assert convert.main(["table", "--run", str(run), "--to", str(path), "--dtype", "f32"]) == 0
+  asked = ("--run", run, "--prompt", *PROMPTS, "--tokens", 9, "--json", "--temperature", 0.9)
+  device = answers(say(*asked))
+  file = ("--placement", "file", "--table", path)
+  for place in (
+    ("--placement", "host"),
+    file,
+    ("--placement", "host", "--device_cache_rows", 50),
+    (*file, "--device_cache_rows", 50, "--host_cache_mib", 1),
+  ):
+    other = answers(say(*asked, *place))
+    assert other["completions"] == device["completions"]
+    assert other["rows"]["rows"] > 0
+    if "--device_cache_rows" in place:
+      assert other["levels"]["device_cache"]["hits"] > 0
+  guessed = answers(say(*asked, "--guesses", 3))
+  assert guessed["completions"] == device["completions"]
+
+
+def test_a_single_text_is_streamed_and_ends_at_a_stop_string(run, say):
+  whole = say("--run", run, "--prompt", PROMPTS[0], "--tokens", 12)
+  assert whole.code == 0
+  text = whole.out.removeprefix(PROMPTS[0]).removesuffix("\n")
+  stop = text[3:5]
+  cut = say("--run", run, "--prompt", PROMPTS[0], "--tokens", 12, "--stop", stop)
+  assert cut.out == PROMPTS[0] + text[: text.find(stop)] + "\n"
+
+
+def test_prompts_from_the_terminal(run, say, monkeypatch):
+  monkeypatch.setattr(sys, "stdin", iter(["def f(\n", "\n", "class\n"]))
+  done = say("--run", run, "--interactive", "--tokens", 3)
+  assert done.code == 0
+  assert done.out.startswith("def f(")
+  assert "\nclass" in done.out
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    ((), "give --prompt TEXT, or --interactive"),
+    (("--prompt", "x", "--interactive"), "not both"),
+    (("--prompt", ""), "is empty"),
+    (("--prompt", "x", "--tokens", 0), "--tokens 0 must be at least 1"),
+    (("--prompt", "x", "--guesses", -1), "--guesses -1 must be at least 0"),
+    (("--prompt", "x", "--temperature", -1), r"temperature=-1.0 must be 0 \(greedy\) or above"),
+    (("--prompt", "x", "--top_p", 2), "top_p=2.0 must be above 0 and at most 1"),
+    (("--prompt", "x", "--placement", "file"), "goes with --placement file"),
+    (("--prompt", "x", "--table", "t.engram"), "goes with --placement file"),
+    (("--prompt", "x", "--device_cache_rows", 5), "all rows are there"),
+    (("--prompt", "x", "--host_cache_mib", 5), "a cache over a file"),
+    (("--prompt", "x", "--placement", "host", "--device_cache_rows", -5), "must be at least 0"),
+    (("--prompt", "x", "--step", 99), "--step 99 is not saved"),
+  ],
+)
+def test_mistakes_are_told_with_code_2(run, say, words, message):
+  done = say("--run", run, *words)
+  assert done.code == 2
+  assert done.out == ""
+  assert re.search(message, done.err)
+
+
+def test_a_folder_that_is_no_run_is_refused(say, tmp_path):
+  done = say("--run", tmp_path, "--prompt", "x")
+  assert done.code == 2
+  assert str(tmp_path) in done.err
