@@ -9,12 +9,14 @@ A table's rows lie on D devices, r on each. Everything here is one device's part
     send_back(grads_UC, main, [s])            summed gradients of my rows -> owners
 
 The shapes of an all-to-all are fixed: the main round carries at most `slots` ids between any two
-devices. Ids above that travel in further, smaller rounds, as many as the fullest pair needs, the
-same number on every device: they are counted on the devices, so the host is never asked.
+devices. Ids above that travel in further, smaller rounds, the same number on every device: the
+devices agree on each by themselves, so the host is never asked.
 
 A round serves a range of each owner's rows, not a share of each wish list. Two devices that want
 one row then send its gradients in the same round, so an owner sees a row's whole gradient at once,
-which is what an optimizer must have, and never stores more than a round's gradients.
+which is what an optimizer must have, and never stores more than a round's gradients. A range ends
+where the first device has no slot left for it, so that each round fills some device's slots: how
+many rounds there are depends on how many ids are wanted, not on where in the table they lie.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,14 +62,13 @@ class Wanted(NamedTuple):
   """One device's distinct ids of one table.
 
   ids_U: int32, rising, then FILL. inverse: places in ids_U, shaped as the ids. count: distinct ids.
-  main, width: rows of each owner that the main round serves, and those of each further round.
+  main_D: uint32, the first row of each owner that the main round does not serve.
   """
 
   ids_U: jax.Array
   inverse: jax.Array
   count: jax.Array
-  main: jax.Array
-  width: jax.Array
+  main_D: jax.Array
 
 
 def wanted(row_ids: jax.Array, s: Shards) -> Wanted:
@@ -75,32 +76,33 @@ def wanted(row_ids: jax.Array, s: Shards) -> Wanted:
   total = s.devices * s.rows
   inside = (row_ids >= 0) & (row_ids.astype(jnp.uint32) < total)
   unique = unique_rows(jnp.where(inside, row_ids, FILL), total + 1)
-  main, width = _range(unique.ids_U, s, s.slots), jnp.uint32(1)
-  if s.spare:
-    width = _range(unique.ids_U, s, s.spare)
-  return Wanted(unique.ids_U, unique.inverse, unique.count, main, width)
+  low_D = jnp.zeros(s.devices, jnp.uint32)
+  main_D = _until(unique.ids_U, s, low_D, s.slots) if s.spare else low_D + jnp.uint32(s.rows)
+  return Wanted(unique.ids_U, unique.inverse, unique.count, main_D)
 
 
-def _range(ids_U: jax.Array, s: Shards, slots: int) -> jax.Array:
-  """The largest power of two w such that no device wants more than `slots` of the rows w k to
-  w k + w - 1 of any owner, for any k. At w = slots, or the power of two below it, none can."""
-  most = 1 << (s.rows - 1).bit_length()
-  if slots == min(ids_U.size, s.rows):
-    return jnp.uint32(most)
-  owner_U, local_U = _address(ids_U, s)
-  place_U = jnp.arange(ids_U.size, dtype=jnp.int32)
-  valid_U = ids_U != FILL
+def _until(ids_U: jax.Array, s: Shards, low_D: jax.Array, slots: int) -> jax.Array:
+  """The ends of the longest ranges from `low_D` on, one for each owner and the same on every
+  device, of which no device wants more than `slots` rows."""
+  start_D, stop_D = _places(ids_U, s, low_D, jnp.full_like(low_D, s.rows))
+  beyond_D = ids_U.astype(jnp.uint32).at[start_D + slots].get(mode="fill", fill_value=0)
+  own_D = jnp.where(start_D + slots < stop_D, beyond_D - _first(s), jnp.uint32(s.rows))
+  return lax.pmin(own_D, s.axes)
 
-  def crowded(shift: jax.Array) -> jax.Array:
-    part_U = local_U >> shift
-    is_new = (part_U[1:] != part_U[:-1]) | (owner_U[1:] != owner_U[:-1])
-    start_U = jnp.where(jnp.append(True, is_new), place_U, 0)
-    length_U = place_U - lax.cummax(start_U) + 1
-    return jnp.max(jnp.where(valid_U, length_U, 0)) > slots
 
-  first = jnp.uint32(most.bit_length() - 1)
-  shift = lax.while_loop(crowded, lambda shift: shift - 1, first)
-  return jnp.uint32(1) << lax.pmin(shift, s.axes)
+def _first(s: Shards) -> jax.Array:
+  """The first row of each owner, uint32 [D]."""
+  return jnp.arange(s.devices, dtype=jnp.uint32) * jnp.uint32(s.rows)
+
+
+def _places(
+  ids_U: jax.Array, s: Shards, low_D: jax.Array, high_D: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Where in ids_U the rows [low, high) of each owner begin and end, int32."""
+  first_D = _first(s)
+  edges = jnp.concatenate([first_D + low_D, first_D + high_D])
+  ends = jnp.searchsorted(ids_U.astype(jnp.uint32), edges).astype(jnp.int32)
+  return ends[: s.devices], ends[s.devices :]
 
 
 def _address(ids_U: jax.Array, s: Shards) -> tuple[jax.Array, jax.Array]:
@@ -111,27 +113,23 @@ def _address(ids_U: jax.Array, s: Shards) -> tuple[jax.Array, jax.Array]:
 
 class _Slots(NamedTuple):
   """What one device asks in one round: rows_DS int32 of each owner, `s.rows` where a slot is empty;
-  place_DS in ids_U, past its end where empty; start_D and the range [low, high)."""
+  place_DS in ids_U, past its end where empty; start_D and the ranges [low_D, high_D)."""
 
   rows_DS: jax.Array
   place_DS: jax.Array
   start_D: jax.Array
-  low: jax.Array
-  high: jax.Array
+  low_D: jax.Array
+  high_D: jax.Array
 
 
-def _slots(wants: Wanted, s: Shards, low: jax.Array, high: jax.Array, slots: int) -> _Slots:
-  high = jnp.minimum(high, jnp.uint32(s.rows))
-  low = jnp.minimum(low, high)
-  first_D = jnp.arange(s.devices, dtype=jnp.uint32) * jnp.uint32(s.rows)
-  ids_U = wants.ids_U.astype(jnp.uint32)
-  ends = jnp.searchsorted(ids_U, jnp.concatenate([first_D + low, first_D + high]))
-  start_D, stop_D = ends[: s.devices].astype(jnp.int32), ends[s.devices :].astype(jnp.int32)
+def _slots(ids_U: jax.Array, s: Shards, low_D: jax.Array, high_D: jax.Array, slots: int) -> _Slots:
+  start_D, stop_D = _places(ids_U, s, low_D, high_D)
   place_DS = start_D[:, None] + jnp.arange(slots, dtype=jnp.int32)
   place_DS = jnp.where(place_DS < stop_D[:, None], place_DS, ids_U.size)
-  rows_DS = ids_U.at[place_DS].get(mode="fill", fill_value=0) - first_D[:, None]
-  rows_DS = jnp.where(place_DS < ids_U.size, rows_DS.astype(jnp.int32), s.rows)
-  return _Slots(rows_DS, place_DS, start_D, low, high)
+  rows_DS = ids_U.astype(jnp.uint32).at[place_DS].get(mode="fill", fill_value=0)
+  rows_DS = (rows_DS - _first(s)[:, None]).astype(jnp.int32)
+  rows_DS = jnp.where(place_DS < ids_U.size, rows_DS, s.rows)
+  return _Slots(rows_DS, place_DS, start_D, low_D, high_D)
 
 
 class Round(NamedTuple):
@@ -146,20 +144,11 @@ def ask(
   wants: Sequence[Wanted], layout: Sequence[Shards], received: Sequence[jax.Array] | None = None
 ) -> Round:
   """The main round's ids travel to their owners; or have done so, where `received` is given."""
-  start = jnp.uint32(0)
-  asked = [_slots(w, s, start, w.main, s.slots) for w, s in zip(wants, layout, strict=True)]
+  pairs = list(zip(wants, layout, strict=True))
+  asked = [_slots(w.ids_U, s, jnp.zeros_like(w.main_D), w.main_D, s.slots) for w, s in pairs]
   if received is None:
     received = _spread([a.rows_DS for a in asked], layout)
   return Round(asked, list(received))
-
-
-def further_rounds(wants: Sequence[Wanted], layout: Sequence[Shards]) -> jax.Array:
-  """How many rounds follow the main one: int32, the same on every device."""
-  left = [
-    (s.rows - jnp.minimum(w.main, s.rows) + w.width - 1) // w.width
-    for w, s in zip(wants, layout, strict=True)
-  ]
-  return jnp.max(jnp.stack(left)).astype(jnp.int32)
 
 
 def in_further_rounds(
@@ -167,21 +156,28 @@ def in_further_rounds(
   carry: Any,
   wants: Sequence[Wanted],
   layout: Sequence[Shards],
-) -> Any:
-  """`carry = body(carry, round)` for each further round; no code where the main one carries all."""
+) -> tuple[Any, jax.Array]:
+  """`carry = body(carry, round)` for each further round, and how many there were: int32, the same
+  on every device. No code where the main round carries all."""
   if not any(s.spare for s in layout):
-    return carry
-  rounds = further_rounds(wants, layout)
+    return carry, jnp.int32(0)
 
-  def step(at: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-    k, carry = at
+  def step(at: tuple[jax.Array, list[jax.Array], Any]) -> tuple[jax.Array, list[jax.Array], Any]:
+    k, low, carry = at
     asked = []
-    for w, s in zip(wants, layout, strict=True):
-      low = w.main + k.astype(jnp.uint32) * w.width
-      asked.append(_slots(w, s, low, low + w.width, max(s.spare, 1)))
-    return k + 1, body(carry, Round(asked, _spread([a.rows_DS for a in asked], layout)))
+    for w, s, low_D in zip(wants, layout, low, strict=True):
+      slots = max(s.spare, 1)
+      asked.append(_slots(w.ids_U, s, low_D, _until(w.ids_U, s, low_D, slots), slots))
+    carry = body(carry, Round(asked, _spread([a.rows_DS for a in asked], layout)))
+    return k + 1, [a.high_D for a in asked], carry
 
-  return lax.while_loop(lambda at: at[0] < rounds, step, (jnp.int32(0), carry))[1]
+  def left(at: tuple[jax.Array, list[jax.Array], Any]) -> jax.Array:
+    ends = [(low_D < s.rows).any() for low_D, s in zip(at[1], layout, strict=True)]
+    return jnp.stack(ends).any()
+
+  start = (jnp.int32(0), [w.main_D for w in wants], carry)
+  rounds, _, carry = lax.while_loop(left, step, start)
+  return carry, rounds
 
 
 def fetch(
@@ -208,7 +204,7 @@ def fetch(
     placed = zip(rows_UC, back, round_.asked, wants, layout, strict=True)
     return carry, [_placed(*one) for one in placed]
 
-  return in_further_rounds(body, body((carry, nothing), main), wants, layout)
+  return in_further_rounds(body, body((carry, nothing), main), wants, layout)[0]
 
 
 def send_back(
@@ -243,8 +239,9 @@ def _placed(
 ) -> jax.Array:
   """`rows_UC` with this round's rows in their places; by gather, which writes each row once."""
   owner_U, local_U = _address(w.ids_U, s)
-  served_U = (w.ids_U != FILL) & (local_U >= asked.low) & (local_U < asked.high)
   owner_U = jnp.minimum(owner_U, s.devices - 1).astype(jnp.int32)
+  served_U = (local_U >= asked.low_D[owner_U]) & (local_U < asked.high_D[owner_U])
+  served_U = served_U & (w.ids_U != FILL)
   slot_U = jnp.arange(w.ids_U.size, dtype=jnp.int32) - asked.start_D[owner_U]
   slots, C = back_DSC.shape[1:]
   at_U = jnp.where(served_U, owner_U * slots + slot_U, 0)

@@ -188,7 +188,7 @@ def _exchanged_backward(mesh, capacity, saved, drows):
       (grads,) = send_back([grads_UC], round_, [s])
       return sums_rC.at[round_.received[0]].add(grads, mode="drop")
 
-    sums_rC = in_further_rounds(add, add(sums_rC, ask(wants, [s])), wants, [s])
+    sums_rC, _ = in_further_rounds(add, add(sums_rC, ask(wants, [s])), wants, [s])
     return sums_rC.astype(table_RC.dtype)
 
   spec = PartitionSpec(mesh.axis_names)

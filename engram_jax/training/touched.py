@@ -113,12 +113,11 @@ _NONE = PartitionSpec()  # the same on every device
 
 
 class _Kept(NamedTuple):
-  """What a device remembers between fetch and update: its distinct ids, the ranges of the rounds,
-  and what was asked of it in the main one."""
+  """What a device remembers between fetch and update: its distinct ids, the ends of the main
+  round's ranges, and what was asked of it in that round."""
 
   ids_U: Arrays
-  main: Arrays
-  width: Arrays
+  main_D: Arrays
   received: Arrays
 
 
@@ -150,13 +149,12 @@ class ShardedRows(NamedTuple):
       wants = [exchange.wanted(ids, s) for ids, s in zip(row_ids_LbTJ, layout, strict=True)]
       main = exchange.ask(wants, layout)
       owned, rows = exchange.fetch(read, owned, wants, main, layout, row)
-      ids, _, _, first, width = (tuple(x) for x in zip(*wants, strict=True))
-      inverses = tuple(w.inverse for w in wants)
-      return Fetched(tuple(rows), inverses, _Kept(ids, first, width, tuple(main.received))), owned
+      ids, inverses, _, main_D = (tuple(x) for x in zip(*wants, strict=True))
+      return Fetched(tuple(rows), inverses, _Kept(ids, main_D, tuple(main.received))), owned
 
     tokens = PartitionSpec(BATCH_AXES, "tensor")
     owned = self._owned_specs(tables, states)
-    kept = _Kept(self._each, _NONE, _NONE, self._each)
+    kept = _Kept(self._each, _NONE, self._each)
     run = self._map(
       run,
       (owned, PartitionSpec(None, *tokens)),
@@ -180,12 +178,11 @@ class ShardedRows(NamedTuple):
 
       ids, grads, norm_sq, count = sums(main)
       add = lambda total, round_: jax.tree.map(jnp.add, total, sums(round_)[2:])
-      total = exchange.in_further_rounds(add, (norm_sq, count), wants, layout)
+      total, more = exchange.in_further_rounds(add, (norm_sq, count), wants, layout)
       norm_sq, count = lax.psum(total, self.mesh.axis_names)
-      rounds = 1 + exchange.further_rounds(wants, layout)
-      return Summed(ids, grads, norm_sq, tuple(count), rounds)
+      return Summed(ids, grads, norm_sq, tuple(count), 1 + more)
 
-    kept = _Kept(self._each, _NONE, _NONE, self._each)
+    kept = _Kept(self._each, _NONE, self._each)
     out = Summed(self._each, self._each, _NONE, _NONE, _NONE)
     return self._map(run, (kept, self._each), out)(fetched.way_back, grads)
 
@@ -215,10 +212,10 @@ class ShardedRows(NamedTuple):
         tables, states = self._step(owned, ids, sums, scale, ok, layout)
         return tables, _with_scalars(states, new_scalars)
 
-      return exchange.in_further_rounds(further, owned, wants, layout)
+      return exchange.in_further_rounds(further, owned, wants, layout)[0]
 
     owned = self._owned_specs(tables, states)
-    kept = _Kept(self._each, _NONE, _NONE, self._each)
+    kept = _Kept(self._each, _NONE, self._each)
     each = self._each
     run = self._map(run, (kept, each, each, each, owned, _NONE, _NONE), owned)
     return run(fetched.way_back, grads, summed.ids_U, summed.grads_UC, (tables, states), scale, ok)
@@ -281,8 +278,8 @@ class ShardedRows(NamedTuple):
 def _again(kept: _Kept, layout: Sequence[Shards]) -> tuple[list[Wanted], Round]:
   """What `fetch` knew, without the ids travelling again."""
   wants = [
-    Wanted(ids, ids[:0], ids.size, main, width)
-    for ids, main, width in zip(kept.ids_U, kept.main, kept.width, strict=True)
+    Wanted(ids, ids[:0], ids.size, main_D)
+    for ids, main_D in zip(kept.ids_U, kept.main_D, strict=True)
   ]
   return wants, exchange.ask(wants, layout, kept.received)
 

@@ -121,22 +121,30 @@ def test_the_transpose_is_the_adjoint():
   assert np.vdot(rows, weights) == pytest.approx(np.vdot(table, grad), rel=1e-4)
 
 
-def test_rounds_are_no_more_than_the_fullest_pair_needs():
-  mesh, s = mesh_of(0), exchange.shards(("data",), 8, 4096, 1024, 0.25)
+def test_rounds_follow_from_how_many_ids_there_are_and_not_from_where_they_lie():
+  """Ids that lie side by side in a table of two thousand million rows take no more than others."""
+  mesh, D, each = mesh_of(0), 8, 1024
+  s = exchange.shards(("data",), D, (2**31 - 1024) // D, each, 0.25)
 
   def rounds(ids):
     wants = [exchange.wanted(ids, s)]
-    return exchange.further_rounds(wants, [s])[None]
+    return exchange.in_further_rounds(lambda carry, _: carry, (), wants, [s])[1][None]
 
   spec = PartitionSpec("data")
   count = jax.jit(jax.shard_map(rounds, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
   random = np.random.default_rng(4)
-  one = count(np.full(8 * 1024, 9, np.int32))
-  spread = count(random.integers(0, 8 * 4096, 8 * 1024, np.int32))
-  crowded = count(random.integers(0, 4096, 8 * 1024, np.int32))
-  assert (np.asarray(one) == 0).all()
-  assert (np.asarray(spread) == spread[0]).all()  # alike on every device
-  assert 0 < spread[0] < crowded[0] <= 2 * s.rows // s.spare
+  draw = lambda high: np.sort(random.integers(0, high, D * each).astype(np.int32))
+  needed = lambda wanted: -(-(wanted - s.slots) // s.spare)
+  one = count(np.full(D * each, 9, np.int32))
+  spread = count(random.permutation(draw(D * s.rows)))
+  crowded = count(random.permutation(draw(s.rows)))
+  beside = count(np.arange(D * each, dtype=np.int32) + s.rows - 5)  # each device rows of its own
+  for found in (spread, crowded, beside):
+    assert (np.asarray(found) == found[0]).all()  # alike on every device
+  assert one[0] == 0
+  assert 0 < needed(each // D) <= spread[0] <= 2 * needed(each // D) + 8
+  assert needed(each) <= crowded[0] <= 2 * needed(each)
+  assert beside[0] <= D * (each // s.spare + 1)
 
 
 ROWS, WIDTH, IDS = 1 << 18, 64, 8 * 8192  # one device wants 8,192 ids of a table of 262,144 rows
@@ -162,9 +170,7 @@ def test_the_table_stays_where_it_is(program):
   own = ROWS // 8
   moved = collectives(program)
   assert {c.kind for c in moved} == {"all-to-all", "all-reduce"}
-  assert all(
-    array.dims in ((), (1,)) for c in moved if c.kind == "all-reduce" for array in c.shapes
-  )
+  assert all(array.dims == (8,) for c in moved if c.kind == "all-reduce" for array in c.shapes)
   assert not any({ROWS, own} & set(array.dims) for c in moved for array in c.shapes)
   assert not has_array_with_rows(program, ROWS)
 
