@@ -74,6 +74,19 @@ def test_each_request_has_its_own_settings_and_seed():
   assert one.tolist() == [int(draws(how[1], 30)[i]) for i in range(30)]
 
 
+@pytest.mark.parametrize("mate", [Sampling(), Sampling(0.7, top_p=0.3), Sampling(0.7, top_k=1)])
+@pytest.mark.parametrize(
+  "own", [Sampling(), Sampling(1.0, seed=5), Sampling(1.0, top_k=3, top_p=0.9, seed=5)]
+)
+def test_a_choice_does_not_depend_on_what_else_is_in_the_batch(own, mate):
+  """Noise and order are computed only where some request of the batch needs them."""
+  logits = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
+  beside = np.repeat(logits, 2, axis=0)
+  each = np.repeat(np.arange(64), 2)
+  chosen = _choose(beside, np.zeros((128, 5), bool), each, Settings.of([own, mate] * 64))
+  np.testing.assert_array_equal(np.asarray(chosen)[::2], draws(own, logits=logits))
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), drafts=st.lists(st.integers(0, 4), min_size=4, max_size=4))
 def test_choices_along_a_right_draft_are_those_made_one_by_one(seed, drafts):

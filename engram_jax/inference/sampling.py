@@ -105,27 +105,36 @@ def choose(
   penalty_B1 = jnp.asarray(settings.repetition_penalty)[:, None]
   penalised = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
   logits_BV = jnp.where(seen_BV, penalised, logits_BV)
-  greedy_B = logits_BV.argmax(-1)
+  greedy_B = logits_BV.argmax(-1).astype(jnp.int32)
   temperature_B = jnp.asarray(settings.temperature)
-  warm_BV = logits_BV / jnp.where(temperature_B > 0, temperature_B, 1)[:, None]
-  allowed_BV = _allowed(warm_BV, settings)
-  drawn_B = jnp.where(allowed_BV, warm_BV + _noise(index_B, settings, warm_BV.shape[1]), -jnp.inf)
-  return jnp.where(temperature_B > 0, drawn_B.argmax(-1), greedy_B).astype(jnp.int32)
+
+  def draw() -> jax.Array:
+    warm_BV = logits_BV / jnp.where(temperature_B > 0, temperature_B, 1)[:, None]
+    noisy_BV = warm_BV + _noise(index_B, settings, warm_BV.shape[1])
+    drawn_B = jnp.where(_allowed(warm_BV, settings), noisy_BV, -jnp.inf).argmax(-1)
+    return jnp.where(temperature_B > 0, drawn_B.astype(jnp.int32), greedy_B)
+
+  # Noise and order of a whole vocabulary cost more than the rest: only where a request asks.
+  return jax.lax.cond((temperature_B > 0).any(), draw, lambda: greedy_B)
 
 
 def _allowed(logits_BV: jax.Array, settings: Settings) -> jax.Array:
   """Where top-k and top-p leave a token in. The most likely one always stays."""
-  V = logits_BV.shape[1]
-  order_BV = jnp.argsort(-logits_BV, axis=1, stable=True)
-  sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=1)
-  share_BV = jax.nn.softmax(sorted_BV, axis=1)
-  before_BV = jnp.cumsum(share_BV, axis=1) - share_BV
-  rank_V = jnp.arange(V)
-  top_k_B = jnp.where(jnp.asarray(settings.top_k) > 0, settings.top_k, V)
-  stays_BV = (rank_V < top_k_B[:, None]) & (before_BV < jnp.asarray(settings.top_p)[:, None])
-  stays_BV = stays_BV | (rank_V == 0)
-  each_B1 = jnp.arange(logits_BV.shape[0])[:, None]
-  return jnp.zeros(logits_BV.shape, bool).at[each_B1, order_BV].set(stays_BV)
+  top_k_B, top_p_B = jnp.asarray(settings.top_k), jnp.asarray(settings.top_p)
+  cut_B = (top_k_B > 0) | (top_p_B < 1)
+
+  def cut() -> jax.Array:
+    order_BV = jnp.argsort(-logits_BV, axis=1, stable=True)
+    share_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, axis=1), axis=1)
+    before_BV = jnp.cumsum(share_BV, axis=1) - share_BV
+    rank_V = jnp.arange(logits_BV.shape[1])
+    most_B = jnp.where(top_k_B > 0, top_k_B, rank_V.size)
+    stays_BV = (rank_V < most_B[:, None]) & (before_BV < top_p_B[:, None])
+    stays_BV = stays_BV | (rank_V == 0) | ~cut_B[:, None]
+    each_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+    return jnp.zeros(logits_BV.shape, bool).at[each_B1, order_BV].set(stays_BV)
+
+  return jax.lax.cond(cut_B.any(), cut, lambda: jnp.ones(logits_BV.shape, bool))
 
 
 def _noise(index_B: jax.Array, settings: Settings, V: int) -> jax.Array:
