@@ -1,5 +1,6 @@
 """Continuous batching: everyone gets what it would get alone, and what ends leaves room."""
 
+import itertools
 import threading
 
 import jax
@@ -14,6 +15,7 @@ from engram_jax.errors import ConfigError, StorageError
 from engram_jax.inference.decoder import Decoder, continuations
 from engram_jax.inference.prefetch import StoreRows
 from engram_jax.inference.sampling import Sampling
+from engram_jax.inference.server import slots
 from engram_jax.inference.server.job import Done, EngineDown, Failed, QueueFull
 from engram_jax.inference.server.warm import warm
 from engram_jax.inference.store.host import HostRows
@@ -160,12 +162,31 @@ def test_text_and_stop_strings(engine):
   assert len(cut.ids()) < len(free.ids())
 
 
-def test_a_stop_id_ends_the_text_and_is_no_part_of_it(engine, decoder):
-  ids = Heard(engine, [job(PROMPTS[0], 8)]).wait().ids()
-  with small_engine(decoder, stop_ids=[ids[4]]) as stopping:
-    heard = Heard(stopping, [job(PROMPTS[0], 8)]).wait()
-  assert heard.ids() == ids[: ids.index(ids[4])]
+def test_a_stop_id_ends_the_text_is_no_part_of_it_and_is_scored(engine, decoder):
+  free = Heard(engine, [job(PROMPTS[0], 8, top=2)]).wait().tokens()
+  end = [t.id for t in free].index(free[4].id)
+  with small_engine(decoder, stop_ids=[free[4].id]) as stopping:
+    heard = Heard(stopping, [job(PROMPTS[0], 8, top=2)]).wait()
+  assert heard.tokens() == [*free[:end], free[end]._replace(text="")]
+  assert heard.text() == make_tokenizer().decode([t.id for t in free[:end]])
   assert heard.events[0][-1].reason == "stop"
+
+
+def test_tokens_say_where_they_begin_though_their_text_is_held_back(engine):
+  """A stop string that begins again and again and never comes."""
+  free = Heard(engine, [job(PROMPTS[0], 12)]).wait()
+  text = free.text()
+  held = Heard(engine, [job(PROMPTS[0], 12, stop=(text[2:6] + "\0", text[3:] + "\0"))]).wait()
+  assert [t.text for t in held.tokens()] != [t.text for t in free.tokens()]
+  starts = [0, *itertools.accumulate(len(t.text) for t in free.tokens()[:-1])]
+  assert [t.start for t in held.tokens()] == [t.start for t in free.tokens()] == starts
+
+
+def test_warming_up_compiles_every_kind_of_scoring(engine):
+  before = slots._score._cache_size()
+  for top, score_prompt in ((0, True), (3, True), (3, False), (0, False)):
+    Heard(engine, [job(PROMPTS[0], 2, top=top, score_prompt=score_prompt)]).wait()
+  assert slots._score._cache_size() == before
 
 
 def test_cancelled_requests_leave_their_slots_to_others(engine, decoder):

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from served import CAPACITY, QUEUE, Client, Heard, job, small_decoder, small_engine, small_tokenizer
 from speaker import V
 
+from engram_jax.inference.server import app
+from engram_jax.inference.server.answer import Answer
 from engram_jax.inference.server.app import Service
+from engram_jax.inference.server.schema import CompletionBody
 from engram_jax.inference.server.warm import warm
 from engram_jax.inference.server.words import Words
 
@@ -70,6 +73,8 @@ BAD_FIELDS = [
   {"prompt": ["a", ""]},
   {"prompt": [-1]},
   {"prompt": [V]},
+  {"prompt": [2**32]},
+  {"prompt": [[1], [-1]]},
   {"prompt": [10**30]},
   {"prompt": [[1], [V]]},
   {"prompt": ["a"] * 129},
@@ -84,7 +89,6 @@ BAD_FIELDS = [
   {"max_tokens": 1.5},
   {"max_tokens": "5"},
   {"max_tokens": True},
-  {"max_tokens": None},
   {"temperature": -0.1},
   {"temperature": 2.1},
   {"temperature": 10**400},
@@ -106,7 +110,7 @@ BAD_FIELDS = [
   {"n": QUEUE, "prompt": ["a", "b"]},  # more than may ever wait
   {"n": -(10**20)},
   {"stop": ""},
-  {"stop": ["a"] * 5},
+  {"stop": ["a"] * 17},
   {"stop": [1]},
   {"stop": {}},
   {"stop": "a" * 257},
@@ -159,10 +163,31 @@ def test_hostile_bodies(client, path, name):
   refused(client.request("POST", path, content=HOSTILE[name], headers=headers))
 
 
+@pytest.mark.parametrize("echo", [{}, {"echo": True}, {"echo": True, "logprobs": 1}], ids=str)
 @pytest.mark.parametrize("fields", BAD_FIELDS, ids=lambda x: str(x)[:40])
-def test_bad_fields_of_a_completion(client, fields):
+def test_bad_fields_of_a_completion(client, fields, echo):
   body = fields if not fields or "prompt" in fields else {"prompt": "ab"} | fields
-  refused(client.post("/v1/completions", body))
+  refused(client.post("/v1/completions", echo | body))
+
+
+def test_an_answer_of_very_many_numbers_is_refused(client, monkeypatch):
+  most = 2 * (1 + 20) * (2 + 5)
+  asked = {"prompt": ["ab", "cd"], "max_tokens": 5, "logprobs": 20, "echo": True}
+  monkeypatch.setattr(app, "MAX_SCORES", most)
+  assert client.post("/v1/completions", asked).status_code == 200
+  monkeypatch.setattr(app, "MAX_SCORES", most - 1)
+  assert "send fewer prompts" in refused(client.post("/v1/completions", asked))
+  assert client.post("/v1/completions", asked | {"logprobs": None}).status_code == 200
+
+
+def test_chunks_are_made_for_streams_alone(engine, words):
+  """A long prompt's scores, whose form is long to make, are made once."""
+  body = CompletionBody(prompt="ab", echo=True, logprobs=2)
+  (made,) = words.completion_jobs(body, CAPACITY)
+  (events,) = Heard(engine, [made]).wait().events
+  answer = Answer(body, [made], words, "small")
+  assert [answer.add(0, event) for event in events] == [None] * len(events)
+  assert len(answer.whole()["choices"][0]["logprobs"]["tokens"]) == 2 + 16
 
 
 @pytest.mark.parametrize("fields", BAD_CHATS, ids=lambda x: str(x)[:40])
@@ -247,14 +272,45 @@ def test_the_api_key(engine, words):
   client = Client(Service(engine, words, "small", api_key=KEY))
   right = {"authorization": f"Bearer {KEY}"}
   for headers in ({}, {"authorization": KEY}, {"authorization": f"Bearer {KEY}x"}):
-    for path in ("/v1/models", "/v1/nothing"):
+    for path in ("/v1/models", "/v1/nothing", "/openapi.json", "/OPENAPI.json"):
       refused(client.get(path, headers=headers), (401,))
     refused(client.post("/v1/completions", {"prompt": "a"}, headers=headers), (401,))
   latin = {"authorization": "Bearer é".encode("latin-1")}
   refused(client.get("/v1/models", headers=latin), (401,))
-  assert client.get("/v1/models", headers=right).status_code == 200
+  for path in ("/v1/models", "/openapi.json"):
+    assert client.get(path, headers=right).status_code == 200
   assert client.get("/health").status_code == 200
   assert client.get("/").status_code == 200
+
+
+def test_what_failed_is_told_to_those_with_the_key_alone(words):
+  """It may name files of the machine."""
+  with small_engine() as engine:
+    engine._last_failure = "OSError: /home/me/table"
+    client = Client(Service(engine, words, "small", api_key=KEY))
+    right = {"headers": {"authorization": f"Bearer {KEY}"}}
+    assert "/home/me" in client.get("/health", **right).text
+    assert "/home/me" not in client.get("/health").text
+    assert "/home/me" in Client(Service(engine, words, "small")).get("/health").text
+    engine.close("cannot go on: /home/me/table")
+    assert "/home/me" not in client.get("/health").text
+    assert client.get("/health").status_code == 503
+    assert client.get("/health").json()["status"] == "down"
+
+
+def test_a_body_of_very_many_parts_takes_no_longer_for_it(engine, words):
+  """Each part was once copied with all before it."""
+  client = Client(Service(engine, words, "small", timeout=5))
+
+  async def parts():
+    yield b'{"prompt": "ab", "max_tokens": 1'
+    for _ in range(100_000):
+      yield b" "
+    yield b"}"
+
+  headers = {"content-type": "application/json"}
+  answer = client.request("POST", "/v1/completions", content=parts(), headers=headers)
+  assert answer.status_code == 200
 
 
 def test_pages_of_other_sites_cannot_call_under_their_own_name(client, engine, words):

@@ -4,11 +4,13 @@ import math
 
 import numpy as np
 import pytest
+import tokenizers
 from served import CAPACITY, Client, Heard, job, small_decoder, small_engine, small_tokenizer
 
 from engram_jax.errors import ConfigError
 from engram_jax.inference.sampling import Sampling
 from engram_jax.inference.server.app import Service
+from engram_jax.inference.server.schema import CompletionBody
 from engram_jax.inference.server.warm import warm
 from engram_jax.inference.server.words import Words
 
@@ -125,6 +127,55 @@ def test_echo_scores_the_prompt_as_evaluation_harnesses_ask(client, engine):
   assert more["logprobs"]["text_offset"] == list(range(len(text) + 1))
   (plain,) = client.complete(text, max_tokens=1, echo=True)["choices"]
   assert plain["text"] == more["text"]
+
+
+def test_the_last_token_is_scored_even_where_it_ends_the_text(client, words, engine):
+  """lm_eval leaves out the last entry of an answer of one new token, whatever that token is."""
+  text = "the capital of"
+  asked = {"max_tokens": 1, "echo": True, "logprobs": 1}
+  (free,) = client.complete(text, **asked)["choices"]
+  (end,) = said_alone(engine, text, 1).ids()
+  with small_engine(engine.decoder, stop_ids=[end]) as stopping:
+    stopped = Client(Service(stopping, words, "small")).complete(text, **asked)
+  (choice,) = stopped["choices"]
+  assert choice["logprobs"] == free["logprobs"]
+  assert (choice["text"], choice["finish_reason"]) == (text, "stop")
+  assert stopped["usage"]["completion_tokens"] == 1
+
+
+def test_offsets_do_not_depend_on_what_is_held_back(client):
+  asked = {"max_tokens": 12, "logprobs": 0, "echo": True}
+  (free,) = client.complete(**asked)["choices"]
+  said = free["text"].removeprefix("the capital")
+  (choice,) = client.complete(**asked, stop=[said[2:5] + "\0", said[4:] + "\0"])["choices"]
+  assert choice == free
+  assert free["logprobs"]["text_offset"][: 11 + 1] == list(range(12))
+
+
+def test_nulls_are_as_good_as_nothing(client):
+  """OpenAI's schema allows them nearly everywhere, and clients send them."""
+  names = ("n", "temperature", "top_p", "top_k", "stop", "stream", "stream_options", "max_tokens")
+  names += ("echo", "logprobs", "gates", "seed", "presence_penalty", "user", "model")
+  nothing = dict.fromkeys(names)
+  ask = lambda **body: client.post("/v1/completions", {"prompt": "ab", "seed": 3} | body).json()
+  (null,) = ask(**nothing | {"seed": 3})["choices"]
+  assert null == ask()["choices"][0]
+  options = {"stream": True, "max_tokens": 1, "stream_options": {"include_usage": None}}
+  assert all(part["choices"] for part in client.complete("ab", **options))
+  said = {"messages": [{"role": "user", "content": "a", "name": None}], "max_tokens": 2}
+  chat = client.post("/v1/chat/completions", said | {"logprobs": None, "top_logprobs": None})
+  assert chat.status_code == 200
+
+
+def test_text_is_tokenised_as_for_training():
+  """Whatever a tokenizer would put around it."""
+  tokenizer = small_tokenizer()
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+  )
+  assert tokenizer.encode("ab").ids == [0, 1, 2]
+  (made,) = Words(tokenizer).completion_jobs(CompletionBody(prompt="ab"), CAPACITY)
+  assert made.ids == (1, 2)
 
 
 def test_characters_of_several_tokens(client):

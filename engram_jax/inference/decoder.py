@@ -123,7 +123,7 @@ class Decoder:
         raise ConfigError(
           "prompt: an empty prompt has nothing to continue; give at least one token"
         )
-      for i in prompt:
+      for i in (min(prompt), max(prompt)):
         if not 0 <= i < ids:
           raise ConfigError(f"prompt: token id {i} is outside the vocabulary: 0..{ids - 1}")
       if len(prompt) + new > self.capacity:

@@ -20,7 +20,7 @@ class TextStream:
       raise ValueError("a stop string must not be empty")
     self._tokenizer, self._stop = tokenizer, tuple(stop)
     self._decoder, self._ids = DecodeStream(skip_special_tokens=True), []
-    self._decoded = 0  # characters that the decoder has given
+    self.decoded = 0  # characters of all tokens so far, held back or not
     self._held = ""
     self.stopped = False
 
@@ -30,14 +30,14 @@ class TextStream:
       return ""
     self._ids.append(token)
     piece = self._decoder.step(self._tokenizer, token) or ""
-    self._decoded += len(piece)
+    self.decoded += len(piece)
     return self._release(piece)
 
   def close(self) -> str:
     """What was held back, at the end of the tokens."""
     if self.stopped:
       return ""
-    rest = self._release(self._tokenizer.decode(self._ids)[self._decoded :])
+    rest = self._release(self._tokenizer.decode(self._ids)[self.decoded :])
     if not self.stopped:
       rest, self._held = rest + self._held, ""
     return rest

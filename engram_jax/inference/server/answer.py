@@ -11,8 +11,8 @@ from engram_jax.inference.server.words import Words
 
 
 class Answer:
-  """One request's. `chunk` turns an event into a piece of a stream; `whole` gives everything that
-  was said, once all choices are done."""
+  """One request's. `add` turns an event into a piece of a stream; `whole` gives everything that was
+  said, once all choices are done. jobs: of sound prompts."""
 
   def __init__(self, body: Asked, jobs: list[Job], words: Words, model: str):
     self.body, self.jobs, self.words = body, jobs, words
@@ -31,7 +31,7 @@ class Answer:
     self._choices = [_Choice(self, i) for i in range(len(jobs))]
 
   def add(self, index: int, event: Event) -> dict[str, Any] | None:
-    """The chunk for an event of choice `index`; None for one that says nothing."""
+    """The chunk for an event of choice `index`, if the answer is streamed and it says something."""
     part = self._choices[index].part(event)
     return part and self._head | {"choices": [part]}
 
@@ -51,6 +51,13 @@ class Answer:
     wanted = options is not None and options.include_usage
     return [self._head | {"choices": [], "usage": self._usage()}] if wanted else []
 
+  @property
+  def scores(self) -> int:
+    """Log-probabilities and gates' tokens that it may come to hold."""
+    if not (self.scored or self.body.gates):
+      return 0
+    return sum((1 + job.top) * (job.max_new + job.score_prompt * len(job.ids)) for job in self.jobs)
+
   def whole(self) -> dict[str, Any]:
     """The answer that is not streamed."""
     return self._head | {"choices": [c.whole() for c in self._choices], "usage": self._usage()}
@@ -69,11 +76,11 @@ class _Choice:
   def __init__(self, answer: Answer, index: int):
     self.answer, self.index, self.made = answer, index, 0
     self._echo = self._prompt_text() if getattr(answer.body, "echo", False) else ""
-    self._written = 0  # characters of the text so far
+    self._echoed = len(self._echo)  # characters before the continuation
     self._text, self._tokens, self._offsets, self._reason = [], [], [], None
 
   def part(self, event: Event) -> dict[str, Any] | None:
-    """What an event adds, in the form of a chunk's choice."""
+    """What an event adds, in the form of a chunk's choice; None where there are no chunks."""
     assert not isinstance(event, Failed)
     tokens, text, reason = [], "", None
     if isinstance(event, Prompt):
@@ -83,28 +90,19 @@ class _Choice:
       self.made += 1
     elif isinstance(event, Done):
       text, reason, self._echo = self._echo + event.text, event.reason, ""
-    offsets = self._place(event, tokens)
-    self._written += len(text)
+    before = 0 if isinstance(event, Prompt) else self._echoed
+    offsets = [before + token.start for token in tokens]
     self._text.append(text)
     self._tokens += tokens
     self._offsets += offsets
     self._reason = reason
-    if not (tokens or text or reason):
+    if not self.answer.body.stream or not (tokens or text or reason):
       return None
     return self._form(text, tokens, offsets, reason, "delta")
 
   def whole(self) -> dict[str, Any]:
     text = "".join(self._text)
     return self._form(text, self._tokens, self._offsets, self._reason, "message")
-
-  def _place(self, event: Event, tokens: list[Token]) -> list[int]:
-    """Where in the text each token begins."""
-    if not isinstance(event, Prompt):
-      return [self._written + len(self._echo)] * len(tokens)
-    ends = [0]
-    for token in tokens:
-      ends.append(ends[-1] + len(token.text))
-    return ends[:-1]
 
   def _prompt_text(self) -> str:
     body, i = self.answer.body, self.index // self.answer.body.n

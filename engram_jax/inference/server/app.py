@@ -28,10 +28,10 @@ from starlette.exceptions import HTTPException
 from engram_jax.errors import ConfigError, EngramError
 from engram_jax.inference.server.answer import Answer
 from engram_jax.inference.server.engine import Engine
-from engram_jax.inference.server.guard import Guard, error_response
-from engram_jax.inference.server.job import EngineDown, Job, QueueFull
+from engram_jax.inference.server.guard import Guard, error_response, has_key
+from engram_jax.inference.server.job import EngineDown, Event, Job, Prompt, QueueFull
 from engram_jax.inference.server.listening import Gone, Listening
-from engram_jax.inference.server.schema import Asked, ChatBody, CompletionBody
+from engram_jax.inference.server.schema import MAX_SCORES, Asked, ChatBody, CompletionBody
 from engram_jax.inference.server.words import Words
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -67,16 +67,20 @@ def make_app(service: Service) -> FastAPI:
   )
   for kind, handler in _HANDLERS.items():
     app.add_exception_handler(kind, handler)
-  jobs_of = functools.partial(_jobs, service)
+  prepare = functools.partial(run_in_threadpool, _prepare, service)
 
   @app.get("/", response_class=HTMLResponse)
   async def page() -> HTMLResponse:
     return HTMLResponse(_page(), headers={"Content-Security-Policy": _POLICY})
 
   @app.get("/health")
-  async def health() -> JSONResponse:
+  async def health(request: Request) -> JSONResponse:
     status = service.engine.status()
-    return JSONResponse(status, 200 if status["status"] == "ok" else 503)
+    ok = status["status"] == "ok"
+    if not has_key(request.headers.get("authorization", "").encode("latin-1"), service.api_key):
+      del status["last_failure"]  # may name paths
+      status["status"] = "ok" if ok else "down"
+    return JSONResponse(status, 200 if ok else 503)
 
   @app.get("/v1/models")
   async def models() -> dict[str, Any]:
@@ -89,43 +93,48 @@ def make_app(service: Service) -> FastAPI:
 
   @app.post("/v1/completions")
   async def completions(body: CompletionBody, request: Request) -> Response:
-    jobs = await jobs_of(service.words.completion_jobs, body)
-    return await _answered(service, body, jobs, request)
+    return await _answered(service, await prepare(service.words.completion_jobs, body), request)
 
   @app.post("/v1/chat/completions")
   async def chat(body: ChatBody, request: Request) -> Response:
-    jobs = await jobs_of(service.words.chat_jobs, body)
-    return await _answered(service, body, jobs, request)
+    return await _answered(service, await prepare(service.words.chat_jobs, body), request)
 
   return app
 
 
-async def _jobs(service: Service, make: Callable[..., list[Job]], body: Asked) -> list[Job]:
+def _prepare(service: Service, make: Callable[..., list[Job]], body: Asked) -> Answer:
   """In a thread: tokenising a long text must not keep others waiting."""
   if body.model is not None:
     _check_model(service, body.model)
-  jobs = await run_in_threadpool(make, body, service.engine.decoder.capacity)
+  jobs = make(body, service.engine.decoder.capacity)
   if len(jobs) > service.engine.queue:
     raise ConfigError(
       f"prompt: {len(jobs)} continuations in one request, but only {service.engine.queue} may wait"
     )
-  return jobs
-
-
-async def _answered(service: Service, body: Asked, jobs: list[Job], request: Request) -> Response:
+  for job in jobs[:: body.n]:
+    service.engine.decoder.check([job.ids], job.max_new)
   answer = Answer(body, jobs, service.words, service.name)
-  listening = Listening(service.engine, jobs, request.receive)
+  if answer.scores > MAX_SCORES:
+    raise ConfigError(
+      f"logprobs: up to {answer.scores:,} in one answer, but at most {MAX_SCORES:,}: send fewer "
+      "prompts at a time, or ask for fewer"
+    )
+  return answer
+
+
+async def _answered(service: Service, answer: Answer, request: Request) -> Response:
+  listening = Listening(service.engine, answer.jobs, request.receive)
   response = None
   try:
     events = aiter(listening)
-    if body.stream:
+    if answer.body.stream:
       # Headers are sent with the first event: until then a failure can still be a status.
       first = await anext(events)
       response = _Stream(_lines(answer, first, events), listening.close)
       return response
     async for i, event in events:
       answer.add(i, event)
-    return JSONResponse(answer.whole())
+    return await run_in_threadpool(lambda: JSONResponse(answer.whole()))  # may be long
   except Gone:
     return Response(status_code=499)  # nobody reads it
   finally:
@@ -135,22 +144,31 @@ async def _answered(service: Service, body: Asked, jobs: list[Job], request: Req
 
 async def _lines(answer: Answer, first: Any, events: AsyncIterator) -> AsyncIterator[str]:
   """Server-sent events."""
-  line = lambda value: f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"
   try:
     for chunk in answer.first():
-      yield line(chunk)
-    if chunk := answer.add(*first):
-      yield line(chunk)
+      yield _line(chunk)
+    if text := await _line_of(answer, *first):
+      yield text
     async for i, event in events:
-      if chunk := answer.add(i, event):
-        yield line(chunk)
+      if text := await _line_of(answer, i, event):
+        yield text
     for chunk in answer.last():
-      yield line(chunk)
+      yield _line(chunk)
   except Gone:
     return
   except EngineDown as error:
-    yield line(json.loads(error_response(503, str(error), code="engine_down").body))
+    yield _line(json.loads(error_response(503, str(error), code="engine_down").body))
   yield "data: [DONE]\n\n"
+
+
+async def _line_of(answer: Answer, i: int, event: Event) -> str | None:
+  """That of an event; a prompt's own is made in a thread, as it may be long."""
+  make = lambda: (chunk := answer.add(i, event)) and _line(chunk)
+  return await run_in_threadpool(make) if isinstance(event, Prompt) else make()
+
+
+def _line(value: dict[str, Any]) -> str:
+  return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"
 
 
 class _Stream(StreamingResponse):

@@ -260,9 +260,11 @@ class _Reading:
     logprobs, ids, best = (np.concatenate([s[i] for s in self._scores]).tolist() for i in range(3))
     tokens = []
     for t, token in enumerate(job.ids):
+      start = stream.decoded
       top = tuple(zip(ids[t - 1], best[t - 1], strict=True))[: job.top] if t else ()
       logprob = logprobs[t - 1] if t else None
-      tokens.append(Token(token, stream.push(token), logprob, top, tuple(g[t] for g in gates)))
+      gate = tuple(g[t] for g in gates)
+      tokens.append(Token(token, stream.push(token), logprob, top, gate, start))
     return tuple(tokens)
 
 
@@ -276,19 +278,24 @@ class _Running:
   def __init__(self, ticket: Ticket, stream: TextStream):
     self.ticket, self.stream, self.made, self.done = ticket, stream, 0, None
 
-  def add(self, step: Step, slot: int, stop_ids: frozenset[int]) -> Token | None:
-    """The slot's token of this step; None for one that ends the text. Sets `done` at the end."""
-    job, token = self.ticket.job, int(step.token_B[slot])
-    if token in stop_ids:
+  def add(self, step: Step, slot: int, stop_ids: frozenset[int]) -> Token:
+    """The slot's token of this step. Sets `done` at the end."""
+    token, start, text = int(step.token_B[slot]), self.stream.decoded, ""
+    if token in stop_ids:  # scored like any other: evaluation harnesses count on a last token
       self.done = Done(self.stream.close(), "stop")
-      return None
+    else:
+      text = self._push(token)
+    best = zip(step.top_BK[slot].tolist(), step.top_logprob_BK[slot].tolist(), strict=True)
+    gates = tuple(float(g[slot]) for g in step.gates)
+    top = tuple(best)[: self.ticket.job.top]
+    return Token(token, text, float(step.logprob_B[slot]), top, gates, start)
+
+  def _push(self, token: int) -> str:
     self.made += 1
     text = self.stream.push(token)
     if self.stream.stopped:
       self.done = Done("", "stop")
-    elif self.made == job.max_new:
+    elif self.made == self.ticket.job.max_new:
       rest = self.stream.close()
       self.done = Done(rest, "stop" if self.stream.stopped else "length")
-    best = zip(step.top_BK[slot].tolist(), step.top_logprob_BK[slot].tolist(), strict=True)
-    gates = tuple(float(g[slot]) for g in step.gates)
-    return Token(token, text, float(step.logprob_B[slot]), tuple(best)[: job.top], gates)
+    return text

@@ -19,10 +19,18 @@ def error_response(
   return JSONResponse({"error": error | {"code": code}}, status, headers)
 
 
+OPEN = frozenset({"/", "/health"})  # paths that say nothing a stranger must not know
+
+
+def has_key(authorization: bytes, api_key: str | None) -> bool:
+  """Whether the header carries the key; always where there is none to carry."""
+  return api_key is None or secrets.compare_digest(authorization, f"Bearer {api_key}".encode())
+
+
 class Guard:
   """ASGI middleware.
 
-  api_key: needed for all below /v1. hosts: names under which the server may be called, any if
+  api_key: needed for all but `OPEN`. hosts: names under which the server may be called, any if
   None: on a loopback address it keeps web pages of other sites from calling it under a name of
   theirs. max_body: bytes. timeout: seconds until a body must have come.
   """
@@ -35,8 +43,8 @@ class Guard:
     max_body: int,
     timeout: float,
   ):
-    self.app, self.hosts, self.max_body, self.timeout = app, hosts, max_body, timeout
-    self.api_key = api_key and api_key.encode()
+    self.app, self.api_key, self.hosts = app, api_key, hosts
+    self.max_body, self.timeout = max_body, timeout
 
   async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
     if scope["type"] != "http":
@@ -59,10 +67,7 @@ class Guard:
     name = host[: host.find("]") + 1] if host.startswith("[") else host.split(":")[0]
     if self.hosts is not None and name.lower() not in self.hosts:
       return error_response(403, f"this server does not answer for {name!r}")
-    if self.api_key is None or not scope["path"].startswith("/v1"):
-      return None
-    given = headers.get(b"authorization", b"")
-    if not secrets.compare_digest(given, b"Bearer " + self.api_key):
+    if scope["path"] not in OPEN and not has_key(headers.get(b"authorization", b""), self.api_key):
       message = "an API key is needed: Authorization: Bearer KEY"
       return error_response(401, message, code="invalid_api_key")
     return None
@@ -75,7 +80,10 @@ class Guard:
       message = await receive()
       part = message.get("body", b"")
       size += len(part)
-      parts = [*parts, part] if size <= self.max_body else []
+      if size <= self.max_body:
+        parts.append(part)
+      else:
+        parts.clear()
       if not message.get("more_body"):
         break
     return b"".join(parts) if size <= self.max_body else None

@@ -37,13 +37,15 @@ class Token(NamedTuple):
   """text: what became certain with this token (a character may need several). logprob: of the
   model itself, at temperature 1 and without penalties; None for a prompt's first token. top:
   likeliest ids and theirs, best first. gates: one a memory, the mean over branches at the token's
-  own position, where its n-grams end."""
+  own position, where its n-grams end. start: characters of the prompt, or of the continuation,
+  that come before it. The last token may be one that ends a text: it has none of its own."""
 
   id: int
   text: str
   logprob: float | None
   top: tuple[tuple[int, float], ...]
   gates: tuple[float, ...]
+  start: int
 
 
 class Prompt(NamedTuple):

@@ -6,15 +6,16 @@ Unknown fields are refused, so that nobody believes in an option that does nothi
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from engram_jax.inference.sampling import Sampling
 from engram_jax.inference.server.slots import TOP
 
 MAX_PROMPTS = 128  # in one request
 MAX_CHOICES = 16  # of one prompt
-MAX_STOPS = 4
+MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_SCORES = 1 << 20  # numbers that one answer may hold
 GREEDY_BELOW = 1e-3  # a temperature that would only overflow
 
 
@@ -65,9 +66,16 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Strict(BaseModel):
-  """No coercion, no unknown fields, no NaN."""
+  """No coercion, no unknown fields, no NaN. A null is as good as none, as in OpenAI's schema."""
 
   model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+  @model_validator(mode="before")
+  @classmethod
+  def _without_nulls(cls, given: Any) -> Any:
+    if not isinstance(given, dict):
+      return given
+    return {k: v for k, v in given.items() if v is not None or k not in cls.model_fields}
 
 
 class StreamOptions(Strict):

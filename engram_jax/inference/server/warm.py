@@ -1,5 +1,6 @@
 """Compiling what requests will need before the first one comes."""
 
+import itertools
 import queue
 
 from engram_jax.errors import EngramError
@@ -16,9 +17,9 @@ def warm(engine: Engine) -> None:
   """
   capacity, chunk = engine.decoder.capacity, engine.decoder.chunk
   events: queue.SimpleQueue = queue.SimpleQueue()
-  kinds = [(length, top) for length in {1, min(chunk, capacity - 1)} for top in (0, TOP)]
-  jobs = [Job((0,) * length, 1, Sampling(), top=top, score_prompt=top > 0) for length, top in kinds]
-  for job in jobs:
+  lengths, scored = {1, min(chunk, capacity - 1)}, ((0, False), (0, True), (TOP, True))
+  for length, (top, score) in itertools.product(lengths, scored):
+    job = Job((0,) * length, 1, Sampling(), top=top, score_prompt=score)
     engine.submit([job], lambda _, event: events.put(event))
     while not isinstance(event := events.get(), Done):
       if isinstance(event, Failed):

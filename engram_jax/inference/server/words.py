@@ -30,12 +30,15 @@ class Words:
       each.no_padding()
     self._plain.encode_special_tokens = True  # text that spells a special token is just text
     self._specials = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
-    self.longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)))
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    self.longest = max(map(len, vocabulary))
+    each = [[i] for i in range(max(vocabulary.values()) + 1)]
+    self._texts = self._plain.decode_batch(each, skip_special_tokens=False)
     self._template = template and _compiled(template, names or {})
 
   def of(self, token: int) -> str:
-    """A single token's text, special ones included."""
-    return self._plain.decode([token], skip_special_tokens=False)
+    """A single token's text, special ones included; none of an id that the tokenizer has not."""
+    return self._texts[token] if token < len(self._texts) else ""
 
   def decode(self, ids: list[int]) -> str:
     return self._plain.decode(ids)
@@ -80,7 +83,8 @@ class Words:
 
   def _encode(self, text: str, capacity: int) -> tuple[int, ...]:
     _check_length(text, self.longest, capacity)
-    return tuple(self._plain.encode(text).ids)
+    # As text was tokenised for training.
+    return tuple(self._plain.encode(text, add_special_tokens=False).ids)
 
 
 def _check_length(text: str, longest: int, capacity: int) -> None:
