@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram_jax.errors import ConfigError
-from engram_jax.inference.sampling import Sampling, Settings, choose, choose_each
+from engram_jax.errors import ConfigError, NonFiniteError
+from engram_jax.inference.sampling import Sampling, Settings, choose, choose_each, require_finite
 
 LOGITS = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32))
 NONE = np.zeros((1, 5), bool)
@@ -36,6 +36,21 @@ def test_frequencies_are_the_softmax():
 def test_a_temperature_sharpens_as_it_should():
   counts = np.bincount(draws(Sampling(temperature=0.5), 20_000), minlength=5) / 20_000
   np.testing.assert_allclose(counts, jax.nn.softmax(LOGITS / 0.5), atol=0.015)
+
+
+def test_the_smallest_temperature_is_nearly_greedy():
+  for temperature in (1e-4, 1e-38, 1e-45):
+    assert set(draws(Sampling(temperature=temperature), 100, logits=LOGITS + 50)) == {0}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_give_no_token(temperature):
+  logits = np.stack([LOGITS, np.where(LOGITS < -2, np.nan, LOGITS), np.full(5, -np.inf)])
+  chosen = draws(Sampling(temperature), logits=logits.astype(np.float32))
+  assert (chosen >= 0).tolist() == [True, False, False]
+  require_finite(chosen[:1])
+  with pytest.raises(NonFiniteError, match="not finite"):
+    require_finite(chosen)
 
 
 @pytest.mark.parametrize(

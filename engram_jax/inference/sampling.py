@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engram_jax.errors import ConfigError
+from engram_jax.errors import ConfigError, NonFiniteError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def choose_each(
     seen_BV, t = carry
     logits_BV, next_B = xs
     chosen_B = choose(logits_BV, seen_BV, first_B + t, settings)
-    after_BV = seen_BV.at[each_B, chosen_B].set(True)
+    after_BV = seen_BV.at[each_B, jnp.maximum(chosen_B, 0)].set(True)
     return (seen_BV.at[each_B, next_B].set(True), t + 1), (chosen_B, after_BV)
 
   start = (seen_BV, jnp.int32(0))
@@ -101,21 +101,36 @@ def choose_each(
 def choose(
   logits_BV: jax.Array, seen_BV: jax.Array, index_B: jax.Array, settings: Settings
 ) -> jax.Array:
-  """int32 [B], the choice number `index_B` of each request; see `Sampling`."""
+  """int32 [B], the choice number `index_B` of each request; see `Sampling`.
+
+  -1 where the logits have no finite maximum, as a diverged model's: see `require_finite`.
+  """
   penalty_B1 = jnp.asarray(settings.repetition_penalty)[:, None]
   penalised = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
   logits_BV = jnp.where(seen_BV, penalised, logits_BV)
   greedy_B = logits_BV.argmax(-1).astype(jnp.int32)
+  most_B1 = logits_BV.max(-1, keepdims=True)
   temperature_B = jnp.asarray(settings.temperature)
 
   def draw() -> jax.Array:
-    warm_BV = logits_BV / jnp.where(temperature_B > 0, temperature_B, 1)[:, None]
+    # From their maximum down, so that no temperature is too small to divide by.
+    warm_BV = (logits_BV - most_B1) / jnp.where(temperature_B > 0, temperature_B, 1)[:, None]
     noisy_BV = warm_BV + _noise(index_B, settings, warm_BV.shape[1])
     drawn_B = jnp.where(_allowed(warm_BV, settings), noisy_BV, -jnp.inf).argmax(-1)
     return jnp.where(temperature_B > 0, drawn_B.astype(jnp.int32), greedy_B)
 
   # Noise and order of a whole vocabulary cost more than the rest: only where a request asks.
-  return jax.lax.cond((temperature_B > 0).any(), draw, lambda: greedy_B)
+  chosen_B = jax.lax.cond((temperature_B > 0).any(), draw, lambda: greedy_B)
+  return jnp.where(jnp.isfinite(most_B1[:, 0]), chosen_B, -1)
+
+
+def require_finite(tokens: np.ndarray) -> np.ndarray:
+  """The choices, if there are any; NonFiniteError otherwise."""
+  if (tokens < 0).any():
+    raise NonFiniteError(
+      "the model's logits are not finite: this checkpoint cannot continue a text"
+    )
+  return tokens
 
 
 def _allowed(logits_BV: jax.Array, settings: Settings) -> jax.Array:
