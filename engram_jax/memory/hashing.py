@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["HashLayout", "hash_ids", "hash_ids_numpy", "invalid_ids"]
 
 BLOCK = 4096  # tokens reduced at a time on the host
+FEW = 128  # tokens for which calls cost more than divisions
 
 
 def hash_ids_numpy(
@@ -146,8 +147,14 @@ def _remainders(mixes: list[np.ndarray], primes: tuple[tuple[int, ...], ...]) ->
   """int32 [B*T, J]: the mix of each order modulo that order's primes.
 
   In blocks that stay in the processor's cache. NumPy divides by a scalar with multiplications, but
-  its remainder divides, at twice the time.
+  its remainder divides, at twice the time; a few tokens are over before the calls for each column
+  are, so they are divided at once.
   """
+  if mixes[0].size <= FEW:
+    mix_XO = np.stack([mix.reshape(-1) for mix in mixes], axis=1)
+    divisors = np.array([prime for heads in primes for prime in heads], np.uint64)
+    mix_XJ = np.repeat(mix_XO, [len(heads) for heads in primes], axis=1)
+    return (mix_XJ % divisors).astype(np.int32)
   pairs = [
     (mix.reshape(-1), np.uint64(prime))
     for mix, heads in zip(mixes, primes, strict=True)
