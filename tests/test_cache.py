@@ -156,9 +156,6 @@ def test_threads_share_a_host_cache(store):
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
     for got, ids in zip(pool.map(cache.fetch, batches), batches, strict=True):
       assert np.array_equal(got, store.fetch(ids))
-  futures = [cache.fetch_async(ids, deadline=30) for ids in batches]
-  for future, ids in zip(futures, batches, strict=True):
-    assert np.array_equal(future.result(), store.fetch(ids))
   keys = cache._keys_SW[cache._keys_SW >= 0]
   assert len(np.unique(keys)) == len(keys)
 
@@ -206,7 +203,6 @@ def test_a_device_cache_changes_no_row(store, cache, batches):
     got = cache.fetch(ids)
     assert isinstance(got, jax.Array)
     assert np.array_equal(got, store.fetch(ids))
-    assert np.array_equal(cache.fetch_async(ids, deadline=30).result(), got)
 
 
 def test_one_layer_of_a_device_cache(store, cache):
@@ -256,11 +252,10 @@ def test_no_copy_of_the_hot_rows_is_made(store):
 
 def test_device_caches_refuse_what_the_store_refuses(store):
   cache = DeviceCache(store, [np.arange(4), np.arange(4)])
-  for ask in (cache.fetch, cache.fetch_async):
-    with pytest.raises(ValueError, match=r"layer 1: row id -1 at \[1\]"):
-      ask(np.array([[0, -1], [0, 0]]))
-    with pytest.raises(ValueError, match="integers"):
-      ask(np.zeros((2, 2)))
+  with pytest.raises(ValueError, match=r"layer 1: row id -1 at \[1\]"):
+    cache.fetch(np.array([[0, -1], [0, 0]]))
+  with pytest.raises(ValueError, match="integers"):
+    cache.fetch(np.zeros((2, 2)))
   with pytest.raises(ValueError, match="among the hot ones twice"):
     DeviceCache(store, [np.array([3, 3]), np.array([1])])
   with pytest.raises(ValueError, match=f"row id {ROWS[0]} "):

@@ -1,6 +1,7 @@
 """`convert table`: a run's rows as a file, bit for bit, whatever their optimizer owes them."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
@@ -12,11 +13,14 @@ import numpy as np
 import pytest
 
 from engram_jax.commands import convert
+from engram_jax.commands.open_model import Opened, table_source
 from engram_jax.config import load_config
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.run_directory import open_run
 from engram_jax.errors import ConfigError, StorageError
+from engram_jax.inference.decoder import Weights
 from engram_jax.inference.store.file import FileRows
+from engram_jax.inference.store.write import write_table_file
 from engram_jax.memory.codecs import decode, encode
 from engram_jax.memory.compress import TokenCompressor
 from engram_jax.memory.dialects import HashLayout
@@ -112,7 +116,10 @@ def test_f32_rows_are_the_checkpoints_bit_for_bit(run, tmp_path, monkeypatch, bl
   for got, wanted in zip(rows_of(tmp_path / "t", run.layout), run.tables, strict=True):
     assert np.array_equal(got.view(np.uint32), wanted.view(np.uint32))
   result = json.loads(out)
-  assert result["source"] == {"run": "t", "step": 6}
+  with Checkpoints(run.path / "checkpoints", keep=None) as checkpoints:
+    manifest = checkpoints.folder(STEP) / "manifest.json"
+  digest = json.loads(manifest.read_text())["digest"]
+  assert result["source"] == {"run": "t", "step": 6, "digest": digest}
   assert result["bytes"] == (tmp_path / "t").stat().st_size
   assert result["rows"] == {str(x): run.layout.rows[x] for x in run.layout.layers}
 
@@ -144,6 +151,67 @@ def test_the_file_carries_the_runs_hash_and_tokens(run, tmp_path):
   with FileRows(tmp_path / "t") as store:
     store.require(run.layout, run.tokens.digest)
     assert store.header.kind == "fp8_e4m3"
+
+
+def opened(run, step=STEP, width=None):
+  """A step of the run, as `open_model` gives it, without its weights."""
+  cfg = open_run(run.path)
+  if width:
+    engram = cfg.model.engram.model_copy(update={"row_width": width})
+    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"engram": engram})})
+  with Checkpoints(run.path / "checkpoints", keep=None) as checkpoints:
+    digest = table_source(run.path, step, checkpoints)["digest"]
+  weights = Weights(cfg.model, None, {}, {}, run.layout, run.tokens)
+  return Opened(cfg, step, weights, None, 0, run.path, digest)
+
+
+def test_a_table_file_is_for_the_step_that_it_was_written_of(run, tmp_path):
+  call("table", "--run", run.path, "--to", tmp_path / "t", "--step", 3, "--dtype", "f32")
+  with opened(run, 3).file_rows(tmp_path / "t") as store:
+    assert store.rows == tuple(run.layout.rows.values())
+  for model, message in (
+    (
+      opened(run),
+      "holds rows of step 3 of run t, not of step 6 of run t: give its --step, or `con",
+    ),
+    (
+      dataclasses.replace(opened(run, 3), digest="0" * 64),
+      "holds rows of another training of step 3 of run t: `convert table --run .* --step 3 --to",
+    ),
+    (opened(run, 3, width=8), "has rows of width 4, and step 3 of run t of 8"),
+  ):
+    with pytest.raises(ConfigError, match=message) as caught:
+      model.file_rows(tmp_path / "t")
+    assert caught.value.exit_code == 2
+
+
+def test_a_file_of_no_run_is_not_for_a_runs_model(run, tmp_path):
+  """What `convert rows` writes of another model's checkpoint."""
+  tables = dict(zip(run.layout.layers, run.tables, strict=True))
+  write_table_file(
+    tmp_path / "t",
+    lambda layer: [tables[layer]],
+    run.layout,
+    run.tokens.digest,
+    kind="f32",
+    width=4,
+    source={"checkpoint": "t", "kind": "deepseek_v41"},
+  )
+  with pytest.raises(ConfigError, match=r"rows of no run that .* not of step 6 of run t"):
+    opened(run).file_rows(tmp_path / "t")
+
+
+def test_rows_on_the_host_are_those_of_the_step_in_their_own_type(run, tmp_path):
+  model = opened(run)
+  store = model.host_rows()
+  assert store.kind == ("bf16" if model.config.model.engram.table_dtype == "bfloat16" else "f32")
+  call("table", "--run", run.path, "--to", tmp_path / "t", "--dtype", "int8")
+  with model.file_rows(tmp_path / "t") as file:
+    encoded = file.in_memory()
+  for layer, table in zip(run.layout.layers, run.tables, strict=True):
+    every = np.arange(run.layout.rows[layer])
+    assert np.array_equal(store.layer(layer).fetch(every), table)
+    assert np.array_equal(encoded.layer(layer).fetch(every), decode(*encode(table, "int8"), "int8"))
 
 
 def test_verify_says_whether_a_file_is_sound(run, tmp_path):

@@ -197,3 +197,15 @@ def test_empty_and_too_long_prompts_are_refused(decoder):
     decoder.prefill([[1] * 33])
   with pytest.raises(ConfigError, match="30 tokens and 5 new ones"):
     next(continuations(decoder, [[1] * 30], [Sampling()], 5))
+
+
+def test_what_a_state_holds_counts_where_a_prompt_follows_it(speaker, decoder):
+  _, state = decoder.prefill([TOKENS[:3], TOKENS[:8]])
+  with pytest.raises(ConfigError, match="25 tokens after 8 and 0 new ones do not fit in the 32"):
+    decoder.prefill([[1] * 25, [1] * 25], state)
+  with pytest.raises(ConfigError, match="1 prompts for a state of 2 requests"):
+    decoder.prefill([[1]], state)
+  logits_BV, after = decoder.prefill([TOKENS[3:24], TOKENS[8:24]], state)
+  assert after.length_B.tolist() == [24, 24]
+  for logits_V in logits_BV:
+    close(logits_V, speaker.logits(TOKENS)[-1])

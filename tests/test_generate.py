@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from engram_jax.config import load_config
 from engram_jax.errors import ConfigError
-from engram_jax.inference.generate import generate, make_next_logits, row_ids
+from engram_jax.inference.completion import encode
+from engram_jax.inference.generate import complete, generate, make_next_logits, row_ids
 from engram_jax.memory.compress import TokenCompressor
 from engram_jax.memory.hashing import HashLayout
 from engram_jax.memory.table import lookup
@@ -70,6 +72,29 @@ def test_greedy_is_the_argmax_of_the_full_forward(speaker):
 
   chosen_T = np.asarray(choices(speaker.state, tokens_BT, ids))[0]
   assert new == chosen_T[len(prompt) - 1 : -1].tolist()
+
+
+def test_prompts_are_tokenised_as_text_was_for_training(speaker):
+  """Whatever a tokenizer would put around them; in both forms of generation."""
+  pieces = {"a": 5, "b": 6, "<s>": 7, "<unk>": 0}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(pieces, unk_token="<unk>"))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", 7)]
+  )
+  assert tokenizer.encode("a b").ids == [7, 5, 6]
+  assert encode(tokenizer, ["a b", "b"]) == [[5, 6], [6]]
+  read = []
+
+  def next_logits(params, biases, tables, tokens_BT, ids, last_B):
+    read.append(tokens_BT[0, : int(last_B[0]) + 1].tolist())
+    return jax.nn.one_hot(jnp.array([5]), 300)
+
+  data = types.SimpleNamespace(
+    tokenizer=tokenizer, compressor=speaker.compressor, layout=None, eos_id=0
+  )
+  assert complete(next_logits, speaker.state, data, ["a b"], 1) == ["a"]
+  assert read == [[5, 6]]
 
 
 def test_a_batch_of_prompts_says_what_each_says_alone(speaker):

@@ -1,5 +1,6 @@
 """`generate` on a run that train.py wrote: one text, wherever its tables are."""
 
+import io
 import json
 import re
 import sys
@@ -7,14 +8,17 @@ import sys
 import pytest
 
 from engram_jax import __main__ as package
-from engram_jax.commands import convert
+from engram_jax.commands import convert, generate
+from engram_jax.inference.decoder import Decoder
 
 PROMPTS = ("def insort(", "import")
+FILE = ("--prompt", "x", "--placement", "file", "--table", "t.engram")
 
 
 @pytest.fixture(scope="module")
 def run(lab):
-  assert lab.training(lab.folder, "--train.steps", 6).code == 0
+  more = ("--train.steps", 6, "--train.checkpoint_every", 3)
+  assert lab.training(lab.folder, *more).code == 0
   return lab.folder / "t"
 
 
@@ -46,7 +50,8 @@ def test_tables_on_the_host_and_in_a_file_say_the_same(run, say, tmp_path):
   device = answers(say(*asked))
   file = ("--placement", "file", "--table", path)
   for place in (
-    ("--placement", "host"),
+    ("--placement", "host", "--deadline", 60),
+    ("--placement", "host", "--table", path),
     file,
     ("--placement", "host", "--device_cache_rows", 50),
     (*file, "--device_cache_rows", 50, "--host_cache_mib", 1),
@@ -56,8 +61,36 @@ def test_tables_on_the_host_and_in_a_file_say_the_same(run, say, tmp_path):
     assert other["rows"]["rows"] > 0
     if "--device_cache_rows" in place:
       assert other["levels"]["device_cache"]["hits"] > 0
-  guessed = answers(say(*asked, "--guesses", 3))
+  guessed = answers(say(*asked, "--guesses", 64))
   assert guessed["completions"] == device["completions"]
+
+
+def test_a_file_of_another_step_is_refused(run, say, tmp_path):
+  path = tmp_path / "t.engram"
+  steps = sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step_????????"))
+  assert len(steps) > 1
+  words = ["table", "--run", run, "--to", path, "--step", steps[0]]
+  assert convert.main([*map(str, words)]) == 0
+  for placement in ("file", "host"):
+    asked = ("--run", run, "--prompt", "x", "--tokens", 2, "--placement", placement)
+    done = say(*asked, "--table", path)
+    assert done.code == 2
+    assert f"holds rows of step {steps[0]} of run t, not of step {steps[-1]} of run t" in done.err
+    assert say(*asked, "--table", path, "--step", steps[0]).code == 0
+
+
+def test_a_late_read_is_an_error(run, say):
+  done = say("--run", run, "--prompt", "x", "--placement", "host", "--deadline", 1e-9)
+  assert done.code == 5
+  assert "the deadline has passed" in done.err
+  assert done.err.count("\n") == 1
+
+
+def test_seeds_wrap_around_as_the_servers_do(run, say):
+  asked = ("--run", run, "--tokens", 6, "--json", "--temperature", 1.5)
+  both = answers(say(*asked, "--seed", 2**32 - 1, "--prompt", *PROMPTS))["completions"]
+  (second,) = answers(say(*asked, "--seed", 0, "--prompt", PROMPTS[1]))["completions"]
+  assert both[1]["text"] == second["text"]
 
 
 def test_a_single_text_is_streamed_and_ends_at_a_stop_string(run, say):
@@ -70,9 +103,13 @@ def test_a_single_text_is_streamed_and_ends_at_a_stop_string(run, say):
 
 
 def test_prompts_from_the_terminal(run, say, monkeypatch):
+  """What is compiled for one line serves the next."""
+  made = []
+  monkeypatch.setattr(generate, "Decoder", lambda *a: made.append(a[2]) or Decoder(*a))
   monkeypatch.setattr(sys, "stdin", iter(["def f(\n", "\n", "class\n"]))
-  done = say("--run", run, "--interactive", "--tokens", 3)
+  done = say("--run", run, "--interactive", "--tokens", 8)
   assert done.code == 0
+  assert made == [16]
   assert done.out.startswith("def f(")
   assert "\nclass" in done.out
 
@@ -93,6 +130,14 @@ def test_prompts_from_the_terminal(run, say, monkeypatch):
     (("--prompt", "x", "--host_cache_mib", 5), "a cache over a file"),
     (("--prompt", "x", "--placement", "host", "--device_cache_rows", -5), "must be at least 0"),
     (("--prompt", "x", "--step", 99), "--step 99 is not saved"),
+    (("--prompt", "x", "--tokens", 10**9), "--tokens 1000000000 must be .* at most 1048576"),
+    (("--prompt", "x", "--guesses", 10**9), "--guesses 1000000000 must be .* at most 64"),
+    (("--prompt", "x\udcff"), r"--prompt 'x\\udcff' holds bytes that are no UTF-8"),
+    (("--prompt", "x", "--stop", "\udcff"), "--stop .* holds bytes that are no UTF-8"),
+    (("--prompt", "x", "--placement", "host", "--deadline", 0), "--deadline 0.0 must be above 0"),
+    (("--prompt", "x", "--placement", "host", "--deadline", "nan"), "--deadline nan must be"),
+    (("--prompt", "x", "--placement", "host", "--deadline", "inf"), "at most 86400 seconds"),
+    ((*FILE, "--host_cache_mib", 10**8), "--host_cache_mib 100000000 is more than the .* MiB"),
   ],
 )
 def test_mistakes_are_told_with_code_2(run, say, words, message):
@@ -100,6 +145,15 @@ def test_mistakes_are_told_with_code_2(run, say, words, message):
   assert done.code == 2
   assert done.out == ""
   assert re.search(message, done.err)
+
+
+@pytest.mark.parametrize("stdin", ["bytes", "words"])
+def test_a_line_that_is_no_text_is_told_with_code_2(run, say, monkeypatch, stdin):
+  lines = io.TextIOWrapper(io.BytesIO(b"x\xff\n"), encoding="utf-8")
+  monkeypatch.setattr(sys, "stdin", lines if stdin == "bytes" else iter(["x\udcff\n"]))
+  done = say("--run", run, "--interactive", "--tokens", 3)
+  assert done.code == 2
+  assert "holds bytes that are no UTF-8" in done.err
 
 
 def test_a_folder_that_is_no_run_is_refused(say, tmp_path):

@@ -74,6 +74,8 @@ def wait_for_address(server):
     (("--queue", 0), "--queue 0 must be from 1"),
     (("--capacity", 1), "--capacity 1 must be from 2"),
     (("--chunk", 0), "--chunk 0 must be from 1"),
+    (("--capacity", 1 << 24), "--capacity 16777216 must be from 2 to 1048576"),
+    (("--slots", 4096, "--capacity", 1 << 20), "4096 requests of 1,048,576 tokens keep"),
     (("--placement", "file"), "goes with --placement file"),
     (("--step", 99), "--step 99 is not saved"),
     (("--chat_template", "nowhere.jinja"), "nowhere.jinja"),
@@ -85,6 +87,11 @@ def test_mistakes_are_told_with_code_2(lab, run, monkeypatch, words, message):
   assert done.code == 2
   assert done.out == ""
   assert message in done.err
+
+
+def test_a_server_does_not_wait_for_rows_for_ever(tmp_path):
+  assert Args(tmp_path).rows.deadline == 30
+  Args(tmp_path).rows.check(memory=False)  # nobody asked for a place
 
 
 def test_a_key_opens_other_addresses(tmp_path):

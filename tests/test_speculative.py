@@ -36,20 +36,21 @@ def decoder(quick):
 
 @pytest.mark.parametrize(
   "how",
-  [Sampling(), Sampling(temperature=0.3, seed=5, top_k=3, repetition_penalty=1.1)],
+  [Sampling(), Sampling(temperature=0.5, seed=5, top_k=3, repetition_penalty=0.8)],
   ids=["greedy", "sampled"],
 )
 def test_the_tokens_are_those_of_plain_decoding(decoder, how):
-  """For requests that go on at different speeds, to the last token and not one more."""
+  """For requests that go on at different speeds, to the last token and not one more; some guesses
+  are right in both (a penalty below 1 makes a text repeat itself)."""
   prompts = [LOOP, some_tokens(1, 5), some_tokens(2, 12)]
   plain = np.stack(list(continuations(decoder, prompts, [how] * 3, 20)), axis=1).tolist()
-  guessed, passes = [[], [], []], 0
+  guessed, most = [[], [], []], 0
   for step in speculative_continuations(decoder, prompts, [how] * 3, 20, guesses=3):
-    passes += 1
     for tokens, new in zip(guessed, step, strict=True):
-      tokens += new
+      assert bool(new) == (len(tokens) < 20)
+      most, tokens[:] = max(most, len(new)), tokens + new
   assert guessed == plain
-  assert passes <= 20
+  assert most > 1
 
 
 def test_a_model_that_repeats_itself_takes_fewer_passes(decoder):

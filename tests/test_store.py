@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -143,7 +144,7 @@ def test_ids_outside_are_refused_and_never_read(make, bad):
   store = make()
   ids = some_ids((4,))
   ids[1, 2] = LAYOUT.rows[3] if bad == "rows" else bad
-  for ask in (store.fetch, store.fetch_async, store.gather):
+  for ask in (store.fetch, store.gather):
     with pytest.raises(
       ValueError, match=rf"layer 3: row id {ids[1, 2]} at \[2\] .* 0 to {LAYOUT.rows[3] - 1}"
     ):
@@ -158,14 +159,6 @@ def test_ids_that_are_none_are_refused(make):
     store.fetch(np.zeros((3, 1), int))
   with pytest.raises(ValueError, match="deadline=0"):
     store.fetch(np.zeros((2, 1), int), deadline=0)
-
-
-def test_a_fetch_in_the_background_has_the_ids_of_its_call(make, tables):
-  store, ids = make("int8"), some_ids((30,))
-  wanted = plain(tables, ids, "int8")
-  futures = [store.fetch_async(ids, deadline=30) for _ in range(8)]
-  ids[:] = 0
-  assert all(np.array_equal(future.result(), wanted) for future in futures)
 
 
 def test_a_closed_store_says_so(make):
@@ -221,13 +214,23 @@ def test_a_late_read_is_an_error_and_spoils_nothing(files, tables, monkeypatch):
     begin = time.monotonic()
     with pytest.raises(StorageError, match="late: the deadline has passed") as caught:
       store.fetch(ids, deadline=0.05)
-    future = store.fetch_async(ids, deadline=0.05)
-    with pytest.raises(StorageError, match="deadline has passed"):
-      future.result()
     assert time.monotonic() - begin < 10
     assert caught.value.exit_code == 5
     slow.go.set()
     assert np.array_equal(store.fetch(ids, deadline=30), plain(tables, ids, "bf16"))
+
+
+def test_reads_that_nobody_waits_for_any_more_are_not_begun(files, monkeypatch):
+  """Though the deadline passes before the first wait."""
+  with FileRows(files["f32"], threads=1) as store:
+    begun, go = [], threading.Event()
+    monkeypatch.setattr(store, "_without_waiting", lambda *_: False)
+    monkeypatch.setattr(store, "_piece", lambda *_: (begun.append(0), go.wait(20)))
+    read = [store._pool.submit(store._piece) for _ in range(3)]
+    with pytest.raises(StorageError, match="deadline has passed"):
+      store._wait(read, time.monotonic())
+    go.set()
+  assert len(begun) <= 1
 
 
 def test_a_failed_read_is_a_storage_error(files, monkeypatch):
@@ -427,6 +430,37 @@ def test_writing_leaves_a_whole_file_or_none(tables, tmp_path):
   with pytest.raises(StorageError, match="cannot be written"):
     write(tmp_path / "nowhere" / "u", tables)
   assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_written_file_may_be_read_by_those_whom_the_umask_lets(tables, tmp_path):
+  for mask, mode in ((0o077, 0o600), (0o002, 0o664)):
+    before = os.umask(mask)
+    try:
+      path = write(tmp_path / f"{mask}", tables)
+    finally:
+      os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_host_tables_are_filled_block_by_block(tables):
+  """None is held once the next but one is asked for."""
+
+  def blocks(layer):
+    held = []
+    for block in blocks_of(tables)(layer):
+      assert sum(ref() is not None for ref in held) <= 1
+      own = block.copy()
+      held.append(weakref.ref(own))
+      yield own
+      del own
+
+  store = HostRows.from_blocks(blocks, LAYOUT, TOKENS, WIDTH, kind="bf16")
+  assert store.bytes == sum(LAYOUT.rows.values()) * WIDTH * 2
+  ids = some_ids((7,))
+  assert np.array_equal(store.fetch(ids), plain(tables, ids, "bf16"))
+  broken = [tables[0], np.full_like(tables[1], np.nan)]
+  with pytest.raises(StorageError, match="layer 3, from row 0 on: row 0, column 0 is nan"):
+    HostRows.from_tables(broken, LAYOUT, TOKENS)
 
 
 def test_a_file_without_room_is_refused_before_it_is_begun(tables, tmp_path, monkeypatch):

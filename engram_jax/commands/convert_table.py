@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import tyro
 from tqdm import tqdm
 
-from engram_jax.commands.open_model import chosen_step
+from engram_jax.commands.open_model import chosen_step, table_source
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.run_directory import CHECKPOINTS, open_run
 from engram_jax.errors import ConfigError
@@ -61,7 +62,7 @@ def main(args: Sequence[str]) -> int:
 
       def blocks(layer: int):
         for rows_UC in saved_rows(checkpoints, step, cfg, layout, layer):
-          yield rows_UC
+          yield rows_UC.astype(np.float32, copy=False)
           bar.update(len(rows_UC))
 
       header = write_table_file(
@@ -71,7 +72,7 @@ def main(args: Sequence[str]) -> int:
         meta["token_map_digest"],
         kind=own.dtype,
         width=cfg.model.engram.row_width,
-        source={"run": own.run.resolve().name, "step": step},
+        source=table_source(own.run, step, checkpoints),
       )
   _show(own.to, header, own.json, seconds=round(time.perf_counter() - begin, 3))
   return 0
@@ -104,7 +105,8 @@ def _show(path: pathlib.Path, header: TableHeader, as_json: bool, seconds: float
   if as_json:
     print(json.dumps(result))
     return
-  origin = "".join(f", {name} {value}" for name, value in header.source.items())
+  shown = {name: value for name, value in header.source.items() if name != "digest"}
+  origin = "".join(f", {name} {value}" for name, value in shown.items())
   print(f"{path}: {header.kind} rows of width {header.width}{origin}, {header.file_bytes:,} bytes")
   for layer, count in rows.items():
     print(f"  layer {layer}: {count:,} rows of {result['row_bytes']} bytes")

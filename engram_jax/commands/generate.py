@@ -2,21 +2,24 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
 
-from engram_jax.commands.open_model import Opened, Rows, open_model
+from engram_jax.commands.open_model import LONGEST_CONTEXT, Opened, Rows, check_room, open_model
 from engram_jax.errors import ConfigError
-from engram_jax.inference.completion import Completion, complete
+from engram_jax.inference.completion import Completion, complete, encode
 from engram_jax.inference.decoder import Decoder
 from engram_jax.inference.prefetch import StoreRows
 from engram_jax.inference.sampling import Sampling
+
+MOST_GUESSES = 64  # beyond a few there is nothing to gain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +60,12 @@ def main(args: Sequence[str]) -> int:
   opened = open_model(own.run, own.step, say)
   with contextlib.ExitStack() as stack:
     source = opened.source(stack, own.rows)
+    # What is compiled for one capacity serves all lines of a conversation that need no more.
+    decoder_of = functools.cache(lambda capacity: Decoder(opened.weights, source, capacity))
     if own.interactive:
-      return _converse(own, opened, source, sampling)
+      return _converse(own, opened, decoder_of, sampling)
     begin = time.perf_counter()
-    done = _answer(own, opened, source, sampling, own.prompt)
+    done = _answer(own, opened, decoder_of, sampling, own.prompt)
     seconds = time.perf_counter() - begin
     if own.json:
       print(json.dumps(_result(own, opened, source, done, seconds)))
@@ -72,24 +77,40 @@ def _check(own: Args) -> Sampling:
     raise ConfigError("give --prompt TEXT, or --interactive, and not both")
   if own.interactive and own.json:
     raise ConfigError("--interactive is for reading along: leave --json out")
-  for name, lowest in (("tokens", 1), ("guesses", 0)):
-    if getattr(own, name) < lowest:
-      raise ConfigError(f"--{name} {getattr(own, name)} must be at least {lowest}")
+  for name, low, high in (("tokens", 1, LONGEST_CONTEXT), ("guesses", 0, MOST_GUESSES)):
+    if not low <= getattr(own, name) <= high:
+      raise ConfigError(f"--{name} {getattr(own, name)} must be at least {low} and at most {high}")
   for name in ("prompt", "stop"):
-    if "" in getattr(own, name):
-      raise ConfigError(f"--{name} '' is empty; give some text")
+    for text in getattr(own, name):
+      if not text:
+        raise ConfigError(f"--{name} '' is empty; give some text")
+      _check_text(text, f"--{name}")
   own.rows.check()
   return Sampling(own.temperature, own.top_k, own.top_p, own.repetition_penalty, own.seed)
 
 
+def _check_text(text: str, what: str) -> None:
+  """Python stands surrogates in for bytes of a command line that are no text."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    raise ConfigError(f"{what} {text[:40]!a} holds bytes that are no UTF-8") from None
+
+
 def _answer(
-  own: Args, opened: Opened, source: Any, sampling: Sampling, prompts: Sequence[str]
+  own: Args,
+  opened: Opened,
+  decoder_of: Callable[[int], Decoder],
+  sampling: Sampling,
+  prompts: Sequence[str],
 ) -> list[Completion]:
   """Streams a single text as it comes; of several each is shown when all are done."""
-  longest = max(len(e.ids) for e in opened.tokenizer.encode_batch(list(prompts)))
-  decoder = Decoder(opened.weights, source, _capacity(longest + own.tokens))
-  samplings = [dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(len(prompts))]
-  streaming = len(prompts) == 1 and not own.json
+  longest = max(map(len, encode(opened.tokenizer, prompts)))
+  capacity = _capacity(longest + own.tokens)
+  check_room(opened, len(prompts), capacity, f"--tokens {own.tokens}")
+  decoder, streaming = decoder_of(capacity), len(prompts) == 1 and not own.json
+  seeds = ((sampling.seed + i) % 2**32 for i in range(len(prompts)))
+  samplings = [dataclasses.replace(sampling, seed=seed) for seed in seeds]
   steps = complete(
     decoder,
     opened.tokenizer,
@@ -113,11 +134,17 @@ def _answer(
   return done
 
 
-def _converse(own: Args, opened: Opened, source: Any, sampling: Sampling) -> int:
+def _converse(
+  own: Args, opened: Opened, decoder_of: Callable[[int], Decoder], sampling: Sampling
+) -> int:
   print("a prompt a line; end of file ends", file=sys.stderr)
-  for line in sys.stdin:
-    if prompt := line.rstrip("\n"):
-      _answer(own, opened, source, sampling, [prompt])
+  try:
+    for line in sys.stdin:
+      if prompt := line.rstrip("\n"):
+        _check_text(prompt, "the line")
+        _answer(own, opened, decoder_of, sampling, [prompt])
+  except UnicodeDecodeError:
+    raise ConfigError("--interactive: the input holds bytes that are no UTF-8") from None
   return 0
 
 

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import json
+import os
 import pathlib
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import tokenizers
 from flax import nnx
 
 from engram_jax.config import Config
+from engram_jax.core import manifest
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.run_directory import CHECKPOINTS, TOKENIZER, open_run
 from engram_jax.data.pipeline import Prepared, prepare
@@ -24,6 +27,7 @@ from engram_jax.inference.cache_device import DeviceCache
 from engram_jax.inference.decoder import RowSource, Weights
 from engram_jax.inference.prefetch import StoreRows
 from engram_jax.inference.rows_on_device import DeviceRows
+from engram_jax.inference.state import empty_state
 from engram_jax.inference.store.file import FileRows
 from engram_jax.inference.store.host import HostRows
 from engram_jax.memory.compress import TokenCompressor, tokenizer_digest
@@ -36,11 +40,13 @@ from engram_jax.training.saved_rows import saved_rows
 
 Placement = Literal["device", "host", "file"]
 COUNTED_AT_ONCE = 64  # windows
+LONGEST_CONTEXT = 1 << 20  # tokens of a request
+LONGEST_WAIT = 24 * 60 * 60
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-  """One step of a run."""
+  """One step of a run. digest: of its checkpoint."""
 
   config: Config
   step: int
@@ -48,20 +54,61 @@ class Opened:
   tokenizer: tokenizers.Tokenizer
   end_id: int
   run: pathlib.Path
+  digest: str
 
   def tables(self) -> list[np.ndarray]:
     """[R_padded, C] of each memory in host memory, in the dtype it was trained in."""
     layout, engram = self.weights.layout, self.config.model.engram
     out = []
-    with Checkpoints(self.run / CHECKPOINTS, keep=None) as checkpoints:
+    with self._blocks() as blocks:
       for layer in layout.layers if layout else ():
         shape = (padded_rows(layout.rows[layer]), engram.row_width)
         table, start = np.zeros(shape, jnp.dtype(engram.table_dtype)), 0
-        for rows_UC in saved_rows(checkpoints, self.step, self.config, layout, layer):
+        for rows_UC in blocks(layer):
           table[start : start + len(rows_UC)] = rows_UC
           start += len(rows_UC)
         out.append(table)
     return out
+
+  def host_rows(self) -> HostRows:
+    """All memories in host memory, in the dtype they were trained in; never held twice."""
+    engram, layout = self.config.model.engram, self.weights.layout
+    kind = "bf16" if engram.table_dtype == "bfloat16" else "f32"
+    digest = self.weights.compressor.digest
+    with self._blocks() as blocks:
+      return HostRows.from_blocks(blocks, layout, digest, engram.row_width, kind=kind)
+
+  def file_rows(self, path: pathlib.Path) -> FileRows:
+    """The file that `convert table` wrote of this step; ConfigError for one of anything else."""
+    store = FileRows(path)
+    try:
+      self._require_own(store, f"--table {path}")
+    except ConfigError:
+      store.close()
+      raise
+    return store
+
+  def _require_own(self, store: FileRows, name: str) -> None:
+    source, width = store.header.source, self.config.model.engram.row_width
+    here = f"step {self.step} of run {self.run.resolve().name}"
+    again = f"`convert table --run {self.run} --step {self.step} --to FILE` writes one"
+    if "digest" not in source:
+      raise ConfigError(f"{name} holds rows of no run that train.py wrote, not of {here}: {again}")
+    if source["digest"] != self.digest:
+      there = f"step {source.get('step')} of run {source.get('run')}"
+      if there == here:
+        raise ConfigError(f"{name} holds rows of another training of {here}: {again}")
+      raise ConfigError(f"{name} holds rows of {there}, not of {here}: give its --step, or {again}")
+    if store.width != width:
+      raise ConfigError(f"{name} has rows of width {store.width}, and {here} of {width}: {again}")
+    store.require(self.weights.layout, self.weights.compressor.digest, name)
+
+  @contextlib.contextmanager
+  def _blocks(self) -> Iterator[Callable[[int], Iterator[np.ndarray]]]:
+    """Of a layer's id, its rows in order."""
+    with Checkpoints(self.run / CHECKPOINTS, keep=None) as checkpoints:
+      layout = self.weights.layout
+      yield lambda layer: saved_rows(checkpoints, self.step, self.config, layout, layer)
 
   def data(self) -> Prepared:
     """Its training and validation text, as train.py prepared it; from the cache where it can."""
@@ -79,18 +126,20 @@ class Opened:
       return None
     if where.placement == "device":
       return DeviceRows(layout, compressor.table, tuple(map(jax.device_put, self.tables())))
-    if where.placement == "host":
-      store = HostRows.from_tables(self.tables(), layout, compressor.digest)
+    if where.placement == "file":
+      store = self.file_rows(where.table)
+    elif where.table is None:
+      store = self.host_rows()
     else:
-      store = FileRows(where.table)
+      with self.file_rows(where.table) as file:
+        store = file.in_memory()
     stack.enter_context(store)
-    store.require(layout, compressor.digest, f"--table {where.table}")
     if where.host_cache_mib:
       store = stack.enter_context(HostCache(store, where.host_cache_mib << 20))
     if where.device_cache_rows:
       hot = hot_ids(self.counts(), where.device_cache_rows)
       store = stack.enter_context(DeviceCache(store, hot))
-    return stack.enter_context(StoreRows(store, compressor))
+    return stack.enter_context(StoreRows(store, compressor, deadline=where.deadline))
 
   def counts(self) -> list[IdCounts]:
     """How often each row occurs in the training text."""
@@ -109,19 +158,21 @@ class Rows:
   placement: Placement = "device"
   """On the device, in host memory, or in the file of --table."""
   table: pathlib.Path | None = None
-  """A file that `convert table` wrote."""
+  """A file that `convert table` wrote of this step; with file, or with host to load it."""
   device_cache_rows: int = 0
   """Rows most frequent in the training text that stay on the device; with host or file."""
   host_cache_mib: int = 0
   """Memory for rows of the file that were asked for often; with file."""
+  deadline: float | None = None
+  """Seconds that one memory's read may take with host or file, an error after that; None waits."""
 
   def check(self, memory: bool = True) -> None:
     """ConfigError where two of them contradict; memory: whether the model has one."""
     for ok, message in (
       (
-        (self.placement == "file") == (self.table is not None),
+        self.placement == "host" or (self.placement == "file") == (self.table is not None),
         f"--placement {self.placement} with --table {self.table}: a file of `convert table` goes "
-        "with --placement file, and only with it",
+        "with --placement file, which needs one, or with host",
       ),
       (
         self.device_cache_rows >= 0 and self.host_cache_mib >= 0,
@@ -138,7 +189,16 @@ class Rows:
         f"{self.placement}",
       ),
       (
-        memory or self == Rows(),
+        self.host_cache_mib << 20 <= memory_bytes(),
+        f"--host_cache_mib {self.host_cache_mib} is more than the {memory_bytes() >> 20} MiB that "
+        "this machine has",
+      ),
+      (
+        self.deadline is None or 0 < self.deadline <= LONGEST_WAIT,
+        f"--deadline {self.deadline} must be above 0 and at most {LONGEST_WAIT} seconds",
+      ),
+      (
+        memory or dataclasses.replace(self, deadline=None) == Rows(),
         "this run was trained without a memory: it has no tables to place",
       ),
     ):
@@ -167,8 +227,20 @@ def open_model(run: pathlib.Path, step: int | None, say: Callable[[str], None]) 
     graphdef, params, biases = nnx.split(model, nnx.Param, RouterBias)
     like = {"params": nnx.to_pure_dict(params), "biases": nnx.to_pure_dict(biases)}
     state = checkpoints.restore(step, like, partial=True)
+    digest = _digest(step, checkpoints)
   weights = Weights(cfg.model, graphdef, state["params"], state["biases"], layout, compressor)
-  return Opened(cfg, step, weights, tokenizer, end_of_text_id(tokenizer), run)
+  return Opened(cfg, step, weights, tokenizer, end_of_text_id(tokenizer), run, digest)
+
+
+def table_source(run: pathlib.Path, step: int, checkpoints: Checkpoints) -> dict[str, Any]:
+  """What a table file says of where its rows come from."""
+  return {"run": run.resolve().name, "step": step, "digest": _digest(step, checkpoints)}
+
+
+def _digest(step: int, checkpoints: Checkpoints) -> str:
+  """A checkpoint's: its manifest's, which holds those of all its files."""
+  path = checkpoints.folder(step) / manifest.NAME
+  return json.loads(path.read_bytes())["digest"]
 
 
 def chosen_step(
@@ -183,6 +255,27 @@ def chosen_step(
   if step not in checkpoints.steps():
     raise ConfigError(f"--step {step} is not saved in {run}: {checkpoints.steps()} are")
   return step
+
+
+def memory_bytes() -> int:
+  """Of this machine."""
+  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_room(opened: Opened, batch: int, capacity: int, what: str) -> None:
+  """ConfigError if what requests of so many tokens keep cannot fit on the device.
+
+  what: the options that ask for it.
+  """
+  cfg, layout = opened.weights.cfg, opened.weights.layout
+  state = jax.eval_shape(lambda: empty_state(cfg, layout, batch, capacity))
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or memory_bytes()
+  if size > room:
+    raise ConfigError(
+      f"{what}: {batch} requests of {capacity:,} tokens keep {size:,} bytes, but the device has "
+      f"{room:,}"
+    )
 
 
 def _token_map(cfg: Config, tokenizer: tokenizers.Tokenizer) -> TokenCompressor:

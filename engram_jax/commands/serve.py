@@ -19,7 +19,7 @@ from typing import Any
 
 import tyro
 
-from engram_jax.commands.open_model import Opened, Rows, open_model
+from engram_jax.commands.open_model import LONGEST_CONTEXT, Opened, Rows, check_room, open_model
 from engram_jax.core.signals import StopRequest
 from engram_jax.errors import ConfigError
 from engram_jax.inference.decoder import Decoder
@@ -46,7 +46,9 @@ class Args:
   """Tokens a request can hold, prompt and continuation."""
   chunk: int = 128
   """Tokens of a prompt that are read between two tokens of the running requests."""
-  rows: tyro.conf.OmitArgPrefixes[Rows] = dataclasses.field(default_factory=Rows)
+  rows: tyro.conf.OmitArgPrefixes[Rows] = dataclasses.field(
+    default_factory=lambda: Rows(deadline=30.0)
+  )
   chat_template: pathlib.Path | None = None
   """A Jinja file; if left out, chat_template.jinja or the chat_template of tokenizer_config.json in
   the run's folder, and without these lines of `role: text`."""
@@ -61,6 +63,7 @@ def main(args: Sequence[str]) -> int:
   check(own, key)
   say = lambda text: print(text, file=sys.stderr, flush=True)
   opened = open_model(own.run, own.step, say)
+  check_room(opened, own.slots, own.capacity, f"--slots {own.slots} --capacity {own.capacity}")
   template, names = read_template(own.run, own.chat_template)
   with contextlib.ExitStack() as stack:
     source = opened.source(stack, own.rows)
@@ -77,7 +80,7 @@ def check(own: Args, key: str | None) -> None:
     ("port", 0, 65535),
     ("slots", 1, 4096),
     ("queue", 1, 1 << 20),
-    ("capacity", 2, 1 << 24),
+    ("capacity", 2, LONGEST_CONTEXT),
     ("chunk", 1, 1 << 16),
   ):
     if not low <= getattr(own, name) <= high:

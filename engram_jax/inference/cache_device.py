@@ -10,7 +10,6 @@ or fuse the second into a program of their own:
     rows_LBTJC = assemble(cache.hot_HC, *wanted)             inside jit
 """
 
-import concurrent.futures
 import functools
 import time
 from collections.abc import Sequence
@@ -67,22 +66,11 @@ class DeviceCache:
       raise ValueError("an id is among the hot ones twice")
     self._first = np.cumsum([0, *map(len, self._hot)])  # a layer's first place
     self.hot_HC = self._filled()
-    self._thread = concurrent.futures.ThreadPoolExecutor(1, "device-cache")
 
   def fetch(self, row_ids_LX: np.ndarray, *, deadline: float | None = None) -> jax.Array:
     """Rows [L, *X, C] on the device; raises like the store's `fetch`."""
     ids_LX = self.store.checked(row_ids_LX)
     return self._fetch(dict(enumerate(ids_LX)), ends_at(deadline))
-
-  def fetch_async(
-    self, row_ids_LX: np.ndarray, *, deadline: float | None = None
-  ) -> "concurrent.futures.Future[jax.Array]":
-    """`fetch` in the background, one after the other; an id out of range is refused at once.
-
-    The deadline counts from this call.
-    """
-    ids = dict(enumerate(self.store.checked(row_ids_LX).copy()))
-    return self._thread.submit(self._fetch, ids, ends_at(deadline))
 
   def levels(self) -> dict[str, dict[str, Any]]:
     """The telemetry of this cache and of the stores below it, by level, as JSON values."""
@@ -117,8 +105,7 @@ class DeviceCache:
     return Wanted(*jax.device_put((places, self._padded(rows, misses)), self._device))
 
   def close(self) -> None:
-    """Ends background fetches and closes the store."""
-    self._thread.shutdown(cancel_futures=True)
+    """Closes the store."""
     self.store.close()
 
   def __enter__(self) -> Self:

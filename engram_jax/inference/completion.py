@@ -43,11 +43,12 @@ def complete(
   Args:
     samplings: one a prompt. max_new: tokens at most.
     stop: strings that end a text; not part of it. end_id: a token that does the same.
-    guesses: tokens guessed ahead at each step and checked; the texts are the same with any.
+    guesses: tokens guessed ahead at each step and checked, if so many are still to come; the texts
+      are the same with any.
 
   Raises ConfigError for an empty prompt or one that does not fit in the decoder.
   """
-  encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
+  encoded = encode(tokenizer, prompts)
   decoder.check(encoded, max_new)
   done = [Completion(p, len(ids)) for p, ids in zip(prompts, encoded, strict=True)]
   streams = [TextStream(tokenizer, stop) for _ in prompts]
@@ -59,6 +60,12 @@ def complete(
     yield done, added
     if all(one.finish for one in done):
       return
+
+
+def encode(tokenizer: tokenizers.Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+  """Token ids of each prompt, as text was tokenised for training: with nothing put around it."""
+  batch = tokenizer.encode_batch(list(prompts), add_special_tokens=False)
+  return [encoding.ids for encoding in batch]
 
 
 def _take(
@@ -83,7 +90,7 @@ def _take(
 def _steps(decoder, encoded, samplings, max_new: int, guesses: int) -> Iterator[list[list[int]]]:
   if max_new < 1:
     raise ConfigError(f"tokens={max_new} must be at least 1")
-  if guesses:
+  if guesses := min(guesses, max_new - 1):
     yield from speculative_continuations(decoder, encoded, samplings, max_new, guesses=guesses)
     return
   for tokens_B in continuations(decoder, encoded, samplings, max_new):

@@ -101,10 +101,13 @@ class Decoder:
 
     Rows of the next chunk are fetched while this one runs. state: what the prompts follow; nothing
     if left out. Raises ConfigError for an empty prompt, an id outside the vocabulary or more
-    tokens than the capacity.
+    tokens than the capacity, those in the state included.
     """
-    self.check(prompts)
-    state = self.empty(len(prompts)) if state is None else state
+    if state is None:
+      self.check(prompts)
+      state = self.empty(len(prompts))
+    else:
+      self.check(prompts, held=np.asarray(state.length_B).tolist())
     plan = _Chunks(prompts, self.chunk, self.model.compressor.table, np.asarray(state.history_BH))
     logits_BV, rows = None, self._started(plan, 0)
     for i in range(len(plan)):
@@ -115,10 +118,18 @@ class Decoder:
       logits_BV = out.logits if logits_BV is None else _newer(logits_BV, out.logits, count_B)
     return logits_BV, state
 
-  def check(self, prompts: Sequence[Sequence[int]], new: int = 0) -> None:
-    """Raises ConfigError unless each prompt is sound and has room for `new` tokens after it."""
+  def check(
+    self, prompts: Sequence[Sequence[int]], new: int = 0, held: Sequence[int] | None = None
+  ) -> None:
+    """Raises ConfigError unless each prompt is sound and has room for `new` tokens after it.
+
+    held: tokens that each request holds already; none if left out.
+    """
     ids = len(self.model.compressor.table)
-    for prompt in prompts:
+    held = [0] * len(prompts) if held is None else held
+    if len(held) != len(prompts):
+      raise ConfigError(f"prompt: {len(prompts)} prompts for a state of {len(held)} requests")
+    for prompt, before in zip(prompts, held, strict=True):
       if len(prompt) == 0:
         raise ConfigError(
           "prompt: an empty prompt has nothing to continue; give at least one token"
@@ -126,10 +137,11 @@ class Decoder:
       for i in (min(prompt), max(prompt)):
         if not 0 <= i < ids:
           raise ConfigError(f"prompt: token id {i} is outside the vocabulary: 0..{ids - 1}")
-      if len(prompt) + new > self.capacity:
+      if before + len(prompt) + new > self.capacity:
+        after = f" after {before}" if before else ""
         raise ConfigError(
-          f"prompt: {len(prompt)} tokens and {new} new ones do not fit in the {self.capacity} that "
-          "a request can hold"
+          f"prompt: {len(prompt)} tokens{after} and {new} new ones do not fit in the "
+          f"{self.capacity} that a request can hold"
         )
 
   def _started(self, plan: "_Chunks", i: int) -> Rows | None:

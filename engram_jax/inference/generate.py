@@ -80,11 +80,12 @@ def complete(
   seed: int = 0,
 ) -> list[str]:
   """The text that follows each prompt; `generate` between encoding and decoding."""
-  encoded = [encoding.ids for encoding in data.tokenizer.encode_batch(list(prompts))]
+  # As text was tokenised for training: with nothing put around it.
+  batch = data.tokenizer.encode_batch(list(prompts), add_special_tokens=False)
   new = generate(
     next_logits,
     state,
-    encoded,
+    [encoding.ids for encoding in batch],
     layout=data.layout,
     compressor=data.compressor,
     max_new=max_new,

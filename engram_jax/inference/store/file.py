@@ -185,10 +185,11 @@ class FileRows(RowStore):
     self._touched(len(ids))
 
   def _wait(self, reads: list[concurrent.futures.Future], until: float | None) -> None:
-    _, late = concurrent.futures.wait(
-      reads, timeout=seconds_left(until), return_when=concurrent.futures.FIRST_EXCEPTION
-    )
+    late = reads
     try:
+      _, late = concurrent.futures.wait(
+        reads, timeout=seconds_left(until), return_when=concurrent.futures.FIRST_EXCEPTION
+      )
       for read in reads:
         if read not in late:
           read.result()

@@ -1,15 +1,13 @@
 """RowStore: rows of all Engram layers by their ids, wherever they lie.
 
     with FileRows("table.engram") as store:
-      rows_LBTJC = store.fetch(row_ids_LBTJ)               blocks
-      future = store.fetch_async(row_ids_LBTJ)             returns at once
+      rows_LBTJC = store.fetch(row_ids_LBTJ)
 
 A fetch gives the rows of exactly these ids or raises; the array it returns is new and nobody writes
 to it afterwards, so a read that comes too late can spoil nothing.
 """
 
 import abc
-import concurrent.futures
 import hashlib
 import json
 import time
@@ -26,7 +24,6 @@ from engram_jax.memory.table import check_row_ids
 
 DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 _NONE = np.zeros(0, np.int64)
-_BACKGROUND = 4  # fetches that run at once behind fetch_async
 
 
 def store_digest(layout: HashLayout, token_map_digest: str) -> str:
@@ -56,7 +53,6 @@ class RowStore(abc.ABC):
     self.width, self.dtype = width, np.dtype(dtype)
     self.digest = store_digest(layout, token_map_digest)
     self.telemetry = Telemetry()
-    self._background: concurrent.futures.ThreadPoolExecutor | None = None
     self._closed = False
 
   def fetch(self, row_ids_LX: np.ndarray, *, deadline: float | None = None) -> np.ndarray:
@@ -71,19 +67,6 @@ class RowStore(abc.ABC):
       StorageError: the rows could not be read, or not in time.
     """
     return self._fetch(self.checked(row_ids_LX), ends_at(deadline))
-
-  def fetch_async(
-    self, row_ids_LX: np.ndarray, *, deadline: float | None = None
-  ) -> "concurrent.futures.Future[np.ndarray]":
-    """`fetch` in the background, its result or StorageError in the future.
-
-    Ids are checked here, so a ValueError is raised at once. The deadline counts from this call,
-    time spent behind earlier fetches included.
-    """
-    row_ids_LX, until = self.checked(row_ids_LX).copy(), ends_at(deadline)
-    if self._background is None:
-      self._background = concurrent.futures.ThreadPoolExecutor(_BACKGROUND, "rows")
-    return self._background.submit(self._fetch, row_ids_LX, until)
 
   def gather(
     self, ids_by_layer: Sequence[np.ndarray], *, deadline: float | None = None
@@ -119,10 +102,8 @@ class RowStore(abc.ABC):
     return {self.level: self.telemetry.as_dict()}
 
   def close(self) -> None:
-    """Ends background fetches; nothing can be fetched after. May be called again."""
+    """Nothing can be fetched after. May be called again."""
     self._closed = True
-    if self._background is not None:
-      self._background.shutdown(cancel_futures=True)
 
   def __enter__(self) -> Self:
     return self

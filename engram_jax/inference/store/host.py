@@ -1,10 +1,11 @@
 """HostRows: tables in host memory, in any row encoding."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from engram_jax.errors import StorageError
 from engram_jax.inference.store.form import RowStore, seconds_left
 from engram_jax.memory.codecs import decode, encode, pack, row_bytes, unpack
 from engram_jax.memory.dialects import HashLayout
@@ -56,9 +57,35 @@ class HostRows(RowStore):
     kind: str = "f32",
     dtype: np.typing.DTypeLike = np.float32,
   ) -> "HostRows":
-    """Tables [R or more, C] of any float type, encoded a few thousand rows at a time."""
+    """Tables [R or more, C] of any float type; see `from_blocks`."""
+    table_of = dict(zip(layout.layers, tables, strict=True))
+
+    def blocks(layer: int) -> Iterator[np.ndarray]:
+      table, rows = table_of[layer], layout.rows[layer]
+      return (np.asarray(table[i : min(i + BLOCK_ROWS, rows)]) for i in range(0, rows, BLOCK_ROWS))
+
     width = tables[0].shape[1]
-    packed = [_packed(table, kind) for table in tables]
+    return cls.from_blocks(blocks, layout, token_map_digest, width, kind=kind, dtype=dtype)
+
+  @classmethod
+  def from_blocks(
+    cls,
+    blocks: Callable[[int], Iterable[np.ndarray]],
+    layout: HashLayout,
+    token_map_digest: str,
+    width: int,
+    *,
+    kind: str = "f32",
+    dtype: np.typing.DTypeLike = np.float32,
+  ) -> "HostRows":
+    """What `blocks` gives for a layer's id: its rows in order, [n, C] of any float type and any n.
+
+    Nothing is held but the packed rows and one block. Raises StorageError for rows that are not
+    finite.
+    """
+    packed = [
+      _packed(layer, blocks(layer), layout.rows[layer], kind, width) for layer in layout.layers
+    ]
     return cls(packed, layout, token_map_digest, kind=kind, width=width, dtype=dtype)
 
   @property
@@ -90,10 +117,17 @@ def read_rows(packed: np.ndarray, ids_N: np.ndarray, out_NC: np.ndarray, kind: s
     out_NC[:] = decode(*unpack(rows, kind, out_NC.shape[1]), kind)
 
 
-def _packed(table: np.ndarray, kind: str) -> np.ndarray:
-  R, C = table.shape
-  out = np.empty((R, row_bytes(kind, C)), np.uint8)
-  for start in range(0, R, BLOCK_ROWS):
-    some = slice(start, start + BLOCK_ROWS)
-    out[some] = pack(*encode(np.asarray(table[some], np.float32), kind))
+def _packed(
+  layer: int, blocks: Iterable[np.ndarray], rows: int, kind: str, width: int
+) -> np.ndarray:
+  out, at = np.empty((rows, row_bytes(kind, width)), np.uint8), 0
+  for block in blocks:
+    for start in range(0, len(block), BLOCK_ROWS):
+      some = np.asarray(block[start : start + BLOCK_ROWS], np.float32)
+      try:
+        out[at : at + len(some)] = pack(*encode(some, kind))
+      except ValueError as error:
+        raise StorageError(f"layer {layer}, from row {at} on: {error}") from None
+      at += len(some)
+  assert at == rows, f"layer {layer}: {at} rows were given for {rows}"
   return out

@@ -4,8 +4,8 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
@@ -95,19 +95,17 @@ def _packed(
 @contextlib.contextmanager
 def _unfinished(path: pathlib.Path) -> Iterator[BinaryIO]:
   """A new file beside `path` that gets its name when all went well, and goes when not."""
+  partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
   try:
-    with tempfile.NamedTemporaryFile(
-      dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False
-    ) as file:
+    with open(partial, "xb") as file:
       try:
         yield file
         file.flush()
         os.fsync(file.fileno())
         require_new(path)  # another process may have been faster
-        os.chmod(file.name, 0o644)  # a temporary file is the owner's alone
-        os.rename(file.name, path)
+        os.rename(partial, path)
       except BaseException:
-        os.unlink(file.name)
+        os.unlink(partial)
         raise
     sync_directory(path.parent)
   except OSError as error:
