@@ -247,6 +247,32 @@ def test_a_full_disk_is_a_storage_error(tmp_path):
   assert newest(tmp_path) == (1, [])
 
 
+@pytest.mark.parametrize("error", [OSError("full"), StorageError("full"), KeyboardInterrupt()])
+def test_files_that_cannot_be_written_leave_nothing_behind(tmp_path, error):
+  def files(folder):
+    (folder / "rows").write_bytes(bytes(1000))
+    raise error
+
+  kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else StorageError
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    checkpoints.save(1, constant(1), {})
+    with pytest.raises(kind):
+      checkpoints.save(2, constant(2), {}, files=files)
+    assert checkpoints.steps() == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    checkpoints.save(2, constant(2), {})
+
+
+def test_a_folder_may_have_any_name(tmp_path):
+  """Its characters are no URL's."""
+  directory = tmp_path / "%41#?&=+ \u00fc"
+  with Checkpoints(directory, keep=1) as checkpoints:
+    checkpoints.save(1, constant(3), {})
+    found = checkpoints.open_array(1, "w").read(10, 20)
+    assert_same_bits(checkpoints.restore(1, constant(0)), constant(3))
+  np.testing.assert_array_equal(found, np.full(10, 3))
+
+
 def test_an_unwritable_folder_is_a_storage_error(tmp_path):
   (tmp_path / "file").write_text("in the way")
   with pytest.raises(StorageError, match=r"file/checkpoints cannot be written"):

@@ -40,3 +40,16 @@ def test_a_run_goes_on_over_other_devices_and_with_other_programs(run, field, va
 def test_a_run_does_not_go_on_with_another_config(run, field, value):
   with pytest.raises(ConfigError, match=rf"{field}: \d+ there, {value} now"):
     check_config(config(run, **{field: value}))
+
+
+def test_what_another_process_made_of_the_folder_meanwhile_is_seen(tmp_path):
+  """Between the first look and the lock lies the preparation of data, which may take hours."""
+  mine, other = config(tmp_path), config(tmp_path, **{"train.seed": 1})
+  assert not check_config(mine)
+  assert not check_config(other)
+  with RunDirectory(other, "{}") as first:
+    assert not first.known
+  with pytest.raises(ConfigError, match=r"train.seed: 1 there, 0 now"):
+    RunDirectory(mine, "{}")
+  with RunDirectory(other, "{}") as second:
+    assert second.known

@@ -1,13 +1,16 @@
 """Several processes on loopback act as one: they meet, share a batch, stop, and save together."""
 
+import json
 import signal
 import socket
+import threading
 import time
 
 import pytest
 from hosts import ended, free_port, spawn, together
 
 from engram_jax.config import DistributedConfig
+from engram_jax.core import roll_call as roll_call_module
 from engram_jax.core.distributed import Place, find_place
 from engram_jax.core.roll_call import roll_call
 from engram_jax.errors import ConfigError
@@ -167,6 +170,52 @@ def test_a_port_in_use_is_named():
     pytest.raises(ConfigError, match=f"process 0 cannot listen on port {port}"),
   ):
     roll_call(f"localhost:{port}", 2, 0, 1)
+
+
+def test_a_stranger_who_never_ends_a_line_holds_nobody_up(monkeypatch):
+  """Byte for byte it would be heard for as long as it likes."""
+  monkeypatch.setattr(roll_call_module, "LINE_SECONDS", 0.3)
+  ours, theirs = socket.socketpair()
+  stop = threading.Event()
+
+  def drip():
+    while not stop.wait(0.05):
+      theirs.send(b" ")
+
+  thread = threading.Thread(target=drip)
+  thread.start()
+  begin = time.monotonic()
+  assert roll_call_module._hello(ours) is None
+  assert time.monotonic() - begin < 3
+  stop.set()
+  thread.join()
+  ours.close()
+  theirs.close()
+
+
+HELLO = {"engram_jax": 1, "process": 1, "processes": 2, "seconds": 3.5}
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"seconds": "3"},
+    {"seconds": None},
+    {"seconds": True},
+    {"seconds": -1},
+    {"seconds": float("nan")},
+    {"seconds": float("inf")},
+    {"process": "1"},
+    {"process": [1]},
+    {"processes": 2.0},
+  ],
+)
+def test_a_hello_without_numbers_is_a_strangers(change):
+  for hello, wanted in ((HELLO, HELLO), (HELLO | change, None), ([1], None)):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+      theirs.sendall(json.dumps(hello).encode() + b"\n")
+      assert roll_call_module._hello(ours) == wanted
 
 
 STATE = """

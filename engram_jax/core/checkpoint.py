@@ -134,15 +134,19 @@ class Checkpoints:
     on_main(lambda: self._prepare(step))
     arrays = own_copies({path: leaf for path, leaf in leaves.items() if leaf.size})
     unfinished = self._unfinished(step)
-    if files is not None:
-      with as_storage_error(unfinished, "cannot be written"):
-        files(unfinished)
     chunked = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
-    with as_storage_error(unfinished, "cannot be written"):
-      self._orbax.save(
-        unfinished / STATE,
-        args=ocp.args.PyTreeSave(arrays, save_args=dict.fromkeys(arrays, chunked)),
-      )
+    try:
+      with as_storage_error(unfinished, "cannot be written"):
+        if files is not None:
+          files(unfinished)
+        self._orbax.save(
+          unfinished / STATE,
+          args=ocp.args.PyTreeSave(arrays, save_args=dict.fromkeys(arrays, chunked)),
+        )
+    except BaseException:
+      if is_main():
+        shutil.rmtree(unfinished, ignore_errors=True)  # a full disk needs the room
+      raise
     tree = {path: signature(leaf) for path, leaf in leaves.items()}
     self._pending = self._thread.submit(self._commit, step, tree, meta)
 

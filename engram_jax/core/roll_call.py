@@ -8,6 +8,7 @@ not come. The port is free again when JAX binds it.
 
 import contextlib
 import json
+import math
 import socket
 import time
 from typing import Any
@@ -103,8 +104,8 @@ def _answer(host: str, port: int, hello: dict[str, int], deadline: float) -> str
     try:
       with socket.create_connection((host, port), timeout=left) as connection:
         _send(connection, hello | {"engram_jax": 1, "seconds": left})
-        connection.settimeout(left + LINE_SECONDS)  # process 0 speaks at the deadline at the latest
-        if (outcome := _receive(connection)) is not None:
+        # Process 0 speaks at the deadline at the latest.
+        if (outcome := _receive(connection, left + LINE_SECONDS)) is not None:
           return outcome["problem"]
     except OSError as error:
       reason = str(error)
@@ -130,13 +131,15 @@ def _listen(port: int) -> socket.socket:
 
 def _hello(connection: socket.socket) -> dict[str, Any] | None:
   """What a process says first; None from a stranger."""
-  connection.settimeout(LINE_SECONDS)
   try:
     hello = _receive(connection)
-    valid = hello is not None and {"engram_jax", "process", "processes", "seconds"} <= hello.keys()
-  except (OSError, AttributeError):
+  except OSError:
     return None
-  return hello if valid else None
+  if not isinstance(hello, dict) or "engram_jax" not in hello:
+    return None
+  numbers = all(type(hello.get(name)) is int for name in ("process", "processes"))
+  seconds = hello.get("seconds")
+  return hello if numbers and type(seconds) in (int, float) and 0 < seconds < math.inf else None
 
 
 def _alive(connection: socket.socket) -> bool:
@@ -155,11 +158,15 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
   connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _receive(connection: socket.socket) -> dict[str, Any] | None:
-  """One line; None when the other side hung up or said something else."""
-  received = b""
+def _receive(connection: socket.socket, seconds: float | None = None) -> Any:
+  """One line of JSON within `seconds` (default: LINE_SECONDS) in all, however slowly it comes, or
+  TimeoutError; None when the other side hung up or said something else."""
+  received, deadline = b"", time.monotonic() + (LINE_SECONDS if seconds is None else seconds)
   while not received.endswith(b"\n"):
+    connection.settimeout(max(deadline - time.monotonic(), 1e-3))
     part = connection.recv(LINE_BYTES)
+    if time.monotonic() > deadline:
+      raise TimeoutError("no line in time")
     received += part
     if not part or len(received) > LINE_BYTES:
       return None

@@ -55,13 +55,21 @@ def _check_config(cfg: Config) -> bool:
 
 
 class RunDirectory:
-  """The folder of one running job, locked against a second one; a context manager."""
+  """The folder of one running job, locked against a second one; a context manager.
+
+  Attributes:
+    path: of the folder.
+    known: whether the run existed already when it was locked.
+
+  Raises ConfigError as `check_config` does, for what another process made of the folder since then,
+  or where one is training in it; StorageError where it cannot be written.
+  """
 
   def __init__(self, cfg: Config, tokenizer_json: str):
     self.path = cfg.run.directory
-    on_main(lambda: self._open(cfg, tokenizer_json))
+    self.known = on_main(lambda: self._open(cfg, tokenizer_json))
 
-  def _open(self, cfg: Config, tokenizer_json: str) -> None:
+  def _open(self, cfg: Config, tokenizer_json: str) -> bool:
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._lock = open(self.path / _LOCK, "w")  # noqa: SIM115 (held until __exit__)
@@ -76,9 +84,15 @@ class RunDirectory:
         f"run.name={cfg.run.name!r}: another process is training in {self.path}; wait for it, "
         "stop it, or choose another --run.name"
       ) from None
-    if not (self.path / CONFIG).exists():
-      _write(self.path / TOKENIZER, tokenizer_json)
-      _write(self.path / CONFIG, cfg.to_yaml())  # last: with it the folder is a run
+    try:
+      known = _check_config(cfg)
+      if not known:
+        _write(self.path / TOKENIZER, tokenizer_json)
+        _write(self.path / CONFIG, cfg.to_yaml())  # last: with it the folder is a run
+    except BaseException:
+      self._lock.close()
+      raise
+    return known
 
   def __enter__(self) -> "RunDirectory":
     return self

@@ -26,7 +26,7 @@ class SavedArray:
     self._name = directory / path
     spec = {
       "driver": "zarr",
-      "kvstore": {"driver": "ocdbt", "base": f"file://{directory}/"},
+      "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory}/"}},
       "path": path,
       # Rows are read in turn from chunks of CHUNK_BYTES, which would else be read for each slice.
       "context": {"cache_pool": {"total_bytes_limit": 2 * CHUNK_BYTES}},
