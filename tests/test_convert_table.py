@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from engram_jax.commands import convert
-from engram_jax.commands.open_model import Opened, table_source
+from engram_jax.commands.open_model import Opened, open_model, table_source
 from engram_jax.config import load_config
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.run_directory import open_run
@@ -212,6 +212,22 @@ def test_rows_on_the_host_are_those_of_the_step_in_their_own_type(run, tmp_path)
     every = np.arange(run.layout.rows[layer])
     assert np.array_equal(store.layer(layer).fetch(every), table)
     assert np.array_equal(encoded.layer(layer).fetch(every), decode(*encode(table, "int8"), "int8"))
+
+
+def test_bf16_rows_that_were_trained_in_a_file_convert(lab, tmp_path):
+  """Their checkpoint holds the rows that were written alone, in their own type."""
+  words = ("--model.engram.placement", "file", "--model.engram.table_dtype", "bfloat16")
+  more = ("--train.steps", 3, "--train.optimizer.table", "adam")
+  assert lab.training(lab.folder / "file", *words, *more).code == 0
+  model = open_model(lab.folder / "file" / "t", None, print)
+  (table,), store = model.tables(), model.host_rows()
+  assert store.kind == "bf16"
+  for kind in ("f32", "bf16"):
+    assert call("table", "--run", model.run, "--to", tmp_path / kind, "--dtype", kind)[0] == 0
+    with model.file_rows(tmp_path / kind) as file:
+      for rows in (file, store):
+        every = np.arange(rows.rows[0])
+        assert np.array_equal(rows.fetch(every[None])[0], table[: len(every)].astype(np.float32))
 
 
 def test_verify_says_whether_a_file_is_sound(run, tmp_path):

@@ -220,17 +220,15 @@ def test_a_late_read_is_an_error_and_spoils_nothing(files, tables, monkeypatch):
     assert np.array_equal(store.fetch(ids, deadline=30), plain(tables, ids, "bf16"))
 
 
-def test_reads_that_nobody_waits_for_any_more_are_not_begun(files, monkeypatch):
+def test_reads_that_nobody_waits_for_any_more_are_not_begun(files):
   """Though the deadline passes before the first wait."""
   with FileRows(files["f32"], threads=1) as store:
-    begun, go = [], threading.Event()
-    monkeypatch.setattr(store, "_without_waiting", lambda *_: False)
-    monkeypatch.setattr(store, "_piece", lambda *_: (begun.append(0), go.wait(20)))
-    read = [store._pool.submit(store._piece) for _ in range(3)]
+    go = threading.Event()
+    reads = [store._pool.submit(go.wait, 20) for _ in range(3)]
     with pytest.raises(StorageError, match="deadline has passed"):
-      store._wait(read, time.monotonic())
+      store._wait(reads, time.monotonic())
+    assert [read.cancelled() for read in reads[1:]] == [True, True]
     go.set()
-  assert len(begun) <= 1
 
 
 def test_a_failed_read_is_a_storage_error(files, monkeypatch):
