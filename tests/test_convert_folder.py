@@ -193,6 +193,11 @@ def cut(folder: pathlib.Path) -> None:
   path.write_bytes(path.read_bytes()[:-1])
 
 
+def utf_16(folder: pathlib.Path) -> None:
+  path = folder / "config.json"
+  path.write_text(path.read_text(), encoding="utf-16")
+
+
 def other_tokenizer(folder: pathlib.Path) -> None:
   (folder / "tokenizer.json").write_text(tokenizer().to_str())
 
@@ -228,6 +233,13 @@ def other_tokenizer(folder: pathlib.Path) -> None:
     (edit_config(lambda t: t["config"].update(lyers=3)), 2, "lyers"),
     (edit_config(lambda t: t.update(format=2)), 2, "reads format 1"),
     (edit_config(lambda t: t.update(step="24")), 2, "step is '24'"),
+    (edit_config(lambda t: t.update(step=10**12)), 2, "step is 1000000000000"),
+    (edit_config(lambda t: t["meaning"].update(hash_layout=[1])), 2, "hash_layout is [1]"),
+    (edit_config(lambda t: t["meaning"].update(hash_layout=None)), 2, "there but 'engram'"),
+    (edit_config(lambda t: t["meaning"].update(hash_layout_digest="")), 2, "digest is  there"),
+    (edit_config(lambda t: t["meaning"].update(more=float("nan"))), 2, "cannot be kept"),
+    (model(layers=10**9), 2, "model.layers is 1000000000"),
+    (utf_16, 5, "is not JSON"),
     (
       edit_config(lambda t: t.update(model_type="llama")),
       2,
@@ -330,6 +342,16 @@ def test_a_table_file_of_a_released_memory_has_its_rows(say, tmp_path, which, dt
       if dtype == "fp8_e4m3" and which != "v41":  # whose rows are in that form already
         rows = decode(*encode(rows, dtype), dtype)
       np.testing.assert_array_equal(store.layer(layer).fetch(ids), rows)
+
+
+def test_a_single_number_is_copied_too(say, tmp_path):
+  config, tensors, _ = RELEASED["qwen_fp8"]
+  name = next(name for name in tensors if name.endswith("weight_scale"))
+  tensors = tensors | {name: tensors[name]._replace(shape=())}
+  write_folder(tmp_path / "a", config, tensors, shards=1)
+  done = say("convert", "memory", "--from", tmp_path / "a", "--to", tmp_path / "b")
+  assert done.code == 0, done.err
+  assert read_folder(tmp_path / "b")[name] == tensors[name]
 
 
 def weight_map(folder: pathlib.Path) -> dict[str, str]:

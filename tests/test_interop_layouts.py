@@ -21,8 +21,9 @@ from engram_jax import __main__ as command
 from engram_jax.config import load_config
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.data.pipeline import prepare
-from engram_jax.errors import ConfigError
+from engram_jax.errors import ConfigError, StorageError
 from engram_jax.interop import deepseek_write, qwen_write
+from engram_jax.interop.deepseek import tensor_name
 from engram_jax.interop.deepseek_write import encode_blocks
 from engram_jax.interop.reader import MemoryReader
 from engram_jax.memory.compress import TokenCompressor
@@ -129,6 +130,7 @@ def test_a_run_of_ours_in_a_released_layout_reads_the_same(tmp_path, export, wri
   ("writer", "field", "value", "said"),
   [
     (deepseek_write, "conv_kernel", 4, "conv_kernel is 4, and would have to be 0"),
+    (deepseek_write, "reset_at_documents", False, "reset_at_documents is False"),
     (deepseek_write, "bias", True, "bias is True"),
     (deepseek_write, "seed", 3, "seed is 3"),
     (deepseek_write, "gate", "sigmoid", "gate is sigmoid"),
@@ -176,3 +178,28 @@ def test_v41_tensors_have_the_released_names_and_dtypes(tmp_path, export, write)
   parts |= {"wkv.weight": "F8_E4M3", "wkv.scale": "F8_E8M0", "k_weight": "BF16"}
   wanted = {f"layers.{layer}.engram.{part}": d for layer in (0, 1) for part, d in parts.items()}
   assert dtypes == wanted
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_numbers_that_fp8_cannot_say_are_refused(export, value):
+  with MemoryReader(export("deepseek_v41")) as reader:
+    memory = reader.memory
+    layer = memory.layout.layers[0]
+    good = memory.parameters(layer)
+    for name, array in good.items():
+      bad = array.copy()
+      bad.flat[-1] = value
+      broken = dataclasses.replace(memory, parameters=lambda _, bad=good | {name: bad}: bad)
+      source = deepseek_write.sources(broken)[tensor_name(layer, "wkv.weight")]
+      with pytest.raises(StorageError, match=f"{name} of block {layer}"):
+        list(source.slices())
+
+    class Rows:
+      def blocks(self):
+        yield np.full((2, memory.cfg.row_width), value, np.float32)
+
+    broken = dataclasses.replace(memory, tables=dict.fromkeys(memory.layout.layers, Rows()))
+    for part in ("weight", "scale"):
+      source = deepseek_write.sources(broken)[tensor_name(layer, f"embed.{part}")]
+      with pytest.raises(StorageError, match=f"rows of block {layer} hold"):
+        list(source.slices())

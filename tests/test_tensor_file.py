@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 
 import ml_dtypes
 import numpy as np
@@ -91,7 +92,11 @@ B = {"dtype": "U8", "shape": [4], "data_offsets": [16, 20]}
     (GOOD, 17, "goes on after its last tensor"),
     (GOOD | {"b": B | {"data_offsets": [12, 16]}}, 16, "'b' overlaps"),
     (GOOD | {"b": B | {"data_offsets": [17, 21]}}, 21, "'b' leaves a gap"),
-    (GOOD | {"b": B | {"data_offsets": [2**70, 2**70 + 4]}}, 20, "leaves a gap"),
+    (GOOD | {"b": B | {"data_offsets": [2**62, 2**62 + 4]}}, 20, "leaves a gap"),
+    (GOOD | {"b": B | {"data_offsets": [2**70, 2**70 + 4]}}, 20, "below 2^63"),
+    (GOOD | {"b": B | {"shape": [10**4299] * 2}}, 20, "below 2^63"),
+    (GOOD | {"b": B | {"shape": [2**62] * 10_000}}, 20, "10000 axes"),
+    (GOOD | {"b": B | {"shape": [2**62] * 32}}, 20, "bytes, but its data_offsets"),
     (GOOD | {"b": B | {"data_offsets": [20, 16]}}, 20, "hold -4"),
     (GOOD | {"b": B | {"data_offsets": [16, 19]}}, 20, "hold 3"),
     (GOOD | {"b": B | {"shape": [2**62, 2**62]}}, 20, "bytes, but its data_offsets"),
@@ -120,6 +125,16 @@ def test_an_edited_header_is_refused_in_one_line(tmp_path, header, size, said):
   assert said in message
   assert "\n" not in message
   assert caught.value.exit_code == 5
+
+
+def test_a_key_that_stands_twice_is_found_among_very_many(tmp_path):
+  names = [f"t{i}" for i in range(100_000)]
+  header = "{" + ", ".join(f'"{name}": {{}}' for name in [*names, names[-1]]) + "}"
+  write_file(tmp_path / "x.safetensors", header.encode(), b"")
+  begin = time.perf_counter()
+  with pytest.raises(StorageError, match="'t99999' stands twice"):
+    TensorFile(tmp_path / "x.safetensors")
+  assert time.perf_counter() - begin < 10  # each with each would take minutes
 
 
 @pytest.mark.parametrize(

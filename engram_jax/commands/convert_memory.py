@@ -72,6 +72,9 @@ def _copy(folder: Folder, name: str) -> Source:
   tensor = folder.tensor(name)
 
   def slices() -> Iterator[np.ndarray]:
+    if not tensor.shape:
+      yield folder.read(name)
+      return
     for start, stop in ranges(tensor.shape[0], tensor.row_bytes):
       yield folder.read(name, start, stop)
 

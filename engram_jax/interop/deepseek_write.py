@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from engram_jax.errors import StorageError
 from engram_jax.interop.deepseek import BLOCK, tensor_name
 from engram_jax.interop.memory import Memory, require_expressible
 from engram_jax.interop.writer import Source
@@ -33,6 +34,7 @@ def config_of(memory: Memory) -> dict[str, Any]:
       "gate": (cfg.gate, cfg.gate == "signed_sqrt", "signed_sqrt"),
       "bias": (cfg.bias, not cfg.bias, False),
       "conv_kernel": (cfg.conv_kernel, cfg.conv_kernel == 0, 0),
+      "reset_at_documents": (cfg.reset_at_documents, cfg.reset_at_documents, True),
       "rows_per_head": (
         list(cfg.rows_per_head),
         len(set(cfg.rows_per_head)) == 1,
@@ -59,7 +61,10 @@ def config_of(memory: Memory) -> dict[str, Any]:
 
 
 def sources(memory: Memory) -> dict[str, Source]:
-  """The tensors. Rows are read and encoded a block at a time, once for values, once for scales."""
+  """The tensors. Rows are read and encoded a block at a time, once for values, once for scales.
+
+  Reading them raises StorageError for numbers that are infinite or none, which FP8 cannot say.
+  """
   C, D, G, M = memory.cfg.row_width, memory.width, memory.branches, memory.cfg.memory_width
   X, blocks = (G + 1) * D, lambda n: -(-n // BLOCK)
   found = {}
@@ -95,12 +100,24 @@ def encode_blocks(weight_XM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rows(memory: Memory, layer: int, part: int) -> Callable[[], Iterator[np.ndarray]]:
-  return lambda: (encode(rows, "fp8_e4m3")[part] for rows in memory.tables[layer].blocks())
+  def slices() -> Iterator[np.ndarray]:
+    for rows_UC in memory.tables[layer].blocks():
+      _require_finite(f"rows of block {layer}", rows_UC)
+      yield encode(rows_UC, "fp8_e4m3")[part]
+
+  return slices
+
+
+def _require_finite(what: str, numbers: np.ndarray) -> None:
+  if not np.isfinite(numbers).all():
+    raise StorageError(f"{what} hold {numbers[~np.isfinite(numbers)].flat[0]}: no number for FP8")
 
 
 def _module(memory: Memory, layer: int) -> dict[str, np.ndarray]:
   """The fused projection (keys of all branches, then the value) and norm weights, encoded."""
   parameters = memory.parameters(layer)
+  for name, array in parameters.items():
+    _require_finite(f"{name} of block {layer}", array)
   both_MXD = np.concatenate([parameters["w_key"], parameters["w_value"][:, None]], axis=1)
   values, scales = encode_blocks(both_MXD.reshape(len(both_MXD), -1).T)
   norms = {"q_weight": parameters["g_query"], "k_weight": parameters["g_key"]}

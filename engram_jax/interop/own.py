@@ -10,6 +10,7 @@ Optimizer state stays behind.
 """
 
 import functools
+import json
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from engram_jax.memory.dialects import HashLayout
 
 KIND = "engram_jax"
 FORMAT = 1
+MAX_STEP = 2**31 - 1  # a state counts in int32
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
@@ -63,7 +65,23 @@ def read_config(folder: Folder) -> tuple[Config, int, dict[str, Any]]:
     raise ConfigError(
       f"{where}: format {tree['format']}, step {tree['step']}: this version reads format {FORMAT}"
     )
-  return build(tree["config"], f"{where}: config"), tree["step"], tree["meaning"]
+  cfg, step = build(tree["config"], f"{where}: config"), tree["step"]
+  if not step <= min(cfg.train.steps, MAX_STEP):
+    raise ConfigError(
+      f"{where}: step is {step}: its train.steps is {cfg.train.steps}, and {MAX_STEP} the most"
+    )
+  if cfg.model.layers > len(folder.names):  # each block has tensors: before any is looked for
+    raise ConfigError(
+      f"{where}: model.layers is {cfg.model.layers}, but there are {len(folder.names)} tensors"
+    )
+  stored = tree["meaning"].get("hash_layout")
+  if not isinstance(stored, dict | None):
+    raise ConfigError(f"{where}: meaning.hash_layout is {stored!r}: expected an object or null")
+  try:
+    json.dumps(tree["meaning"], allow_nan=False)
+  except ValueError as error:
+    raise ConfigError(f"{where}: meaning cannot be kept: {error}") from None
+  return cfg, step, tree["meaning"]
 
 
 def verified_layout(
@@ -83,11 +101,14 @@ def verified_layout(
     compressor = TokenCompressor.from_tokenizer(tokenizer)
   require_equal(folder.path, "token_map_digest", meaning.get("token_map_digest"), compressor.digest)
   if not engram.layers:
+    require_equal(folder.path, "hash_layout", meaning.get("hash_layout"), None)
     return compressor, None
   layout = hash_layout(folder, engram, compressor)
   rebuilt, stored = layout.describe(), meaning.get("hash_layout") or {}
   for name, value in rebuilt.items():
     require_equal(folder.path, f"hash_layout.{name}", stored.get(name), value)
+  digest = meaning.get("hash_layout_digest")
+  require_equal(folder.path, "hash_layout_digest", digest, layout.digest)
   return compressor, layout
 
 

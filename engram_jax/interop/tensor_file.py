@@ -23,6 +23,7 @@ import numpy as np
 
 from engram_jax.errors import StorageError
 
+MAX_AXES = 32  # more than any model has, and all NumPy 1 can
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8}
 BITS |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
@@ -182,7 +183,7 @@ class TensorFile:
 
   def _tensor(self, name: str, entry: Any, data: int) -> Tensor:
     def whole(numbers: Any) -> bool:
-      return isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+      return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
 
     fields = {"dtype", "shape", "data_offsets"}
     if not isinstance(entry, dict) or entry.keys() != fields:
@@ -192,9 +193,11 @@ class TensorFile:
       raise StorageError(f"{self.path}: {name!r} has dtype {dtype!r}: none of {', '.join(BITS)}")
     if not whole(shape) or not whole(offsets) or len(offsets) != 2:
       raise StorageError(
-        f"{self.path}: {name!r} has shape {shape!r} and data_offsets {offsets!r}: "
-        "not lists of whole numbers"
+        f"{self.path}: {name!r} has shape {_short(shape)} and data_offsets {_short(offsets)}: "
+        "not lists of whole numbers below 2^63"
       )
+    if len(shape) > MAX_AXES:
+      raise StorageError(f"{self.path}: {name!r} has {len(shape)} axes: at most {MAX_AXES}")
     begin, end = offsets
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (end - begin):
@@ -219,19 +222,25 @@ class TensorFile:
       raise StorageError(f"{self.path} {what}: {self.size:,} bytes, its header says {end:,}")
 
 
+def _short(value: Any) -> str:
+  """For a message: a file may hold very much of anything."""
+  text = repr(value)
+  return text if len(text) < 200 else f"{text[:200]}..."
+
+
 def parse_object(text: bytes, what: str) -> dict[str, Any]:
   """A JSON object whose keys stand once; StorageError saying what is wrong with it otherwise."""
 
   def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-      names = [name for name, _ in pairs]
-      twice = next(name for name in names if names.count(name) > 1)
+      seen = set()
+      twice = next(name for name, _ in pairs if name in seen or seen.add(name))
       raise ValueError(f"key {twice!r} stands twice")
     return found
 
   try:
-    found = json.loads(text, object_pairs_hook=once)
+    found = json.loads(text.decode("utf-8"), object_pairs_hook=once)  # else it guesses UTF-16
   except (ValueError, RecursionError) as error:
     raise StorageError(f"{what} is not JSON: {error}") from None
   if not isinstance(found, dict):
