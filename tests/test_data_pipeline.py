@@ -327,6 +327,10 @@ def test_a_damaged_token_file_is_named(folder, tmp_path):
       {"model.vocab_size": 4096, "model.engram.pad_id": 4095},
       "pad_id=4095 is outside the tokenizer's",
     ),
+    (
+      {"model.engram.heads": 1, "model.engram.rows_per_head": [2**30, 2**30 - 1]},
+      "model.engram: .*no int32 row ids",
+    ),
   ],
 )
 def test_what_does_not_fit_is_refused(folder, overrides, says):

@@ -119,6 +119,29 @@ def test_a_rows_bytes_follow_its_type_and_optimizer(optimizer, dtype, row):
   assert made["bytes"]["tables"] + made["bytes"]["table_optimizer"] == padded * row
 
 
+@pytest.mark.parametrize("place", ["host", "file"])
+def test_tables_off_the_device_are_the_hosts_bytes(place, capsys):
+  on_device = plan.make_plan(load_config("configs/tiny.yaml", SMALL))
+  words = [f"--{name}={value}" for name, value in SMALL.items()]
+  assert plan.main([*words, "--json", f"--model.engram.placement={place}"]) == 0
+  off = json.loads(capsys.readouterr().out)
+  assert on_device["host_bytes"] == {}
+  moved = ("tables", "table_optimizer")
+  assert off["host_bytes"] == {k: on_device["bytes"][k] for k in moved} | {
+    "total": sum(on_device["bytes"][k] for k in moved)
+  }
+  for name, size in off["bytes"].items():
+    if name in (*moved, "total"):
+      assert size < on_device["bytes"][name]
+    else:
+      assert size == on_device["bytes"][name]
+  # What a step holds of a table is as many rows as it has gradients for.
+  assert off["bytes"]["tables"] == off["bytes"]["table_gradients"]
+  assert off["bytes"]["total"] == sum(n for k, n in off["bytes"].items() if k != "total")
+  assert plan.main([*words, f"--model.engram.placement={place}"]) == 0
+  assert "on their host" in capsys.readouterr().out
+
+
 def test_a_topology_divides_the_state():
   cfg = load_config("configs/engram_27b.yaml", {"mesh.data": 2, "mesh.fsdp": 0})
   sizes = plan.make_plan(cfg)["bytes"]

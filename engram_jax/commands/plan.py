@@ -37,11 +37,16 @@ BYTES = {
   "parameters": "float32, without tables",
   "gradients": "float32, without tables",
   "optimizer": "float32: momentum of matrices (Muon), two moments of the rest (Adam)",
-  "tables": "in their own type, pad rows included",
+  "tables": "in their own type, pad rows included; of tables on the host, one step's rows: at most",
   "table_gradients": "float32, of the rows one step touches: at most",
   "table_optimizer": "adam: two float32 moments and a count a row; adagrad: a number a row; "
   "sinkhorn: one moment in the table's type",
   "total": "without activations",
+}
+ON_HOST = {
+  "tables": "in host memory, or in sparse files that grow as rows are written",
+  "table_optimizer": "beside each row",
+  "total": "at most: rows that nothing has written take no room",
 }
 
 
@@ -104,12 +109,15 @@ def make_plan(cfg: Config) -> dict[str, Any]:
     "steps": cfg.train.steps,
     "training_tokens": tokens * cfg.train.steps,
     "training_flops": 3 * forward * tokens * cfg.train.steps,
-    "bytes": training_bytes(cfg, counts, layout),
+    **training_bytes(cfg, counts, layout),
   }
 
 
-def training_bytes(cfg: Config, counts: Counts, layout: HashLayout | None) -> dict[str, int]:
-  """Bytes of the training state and gradients over all devices; keys and contents: `BYTES`."""
+def training_bytes(
+  cfg: Config, counts: Counts, layout: HashLayout | None
+) -> dict[str, dict[str, int]]:
+  """Bytes of the training state and gradients: `bytes` over all devices, contents as in `BYTES`,
+  and `host_bytes`, as in `ON_HOST`, of a placement that keeps tables off them (else empty)."""
   engram = cfg.model.engram
   width, size = engram.row_width, 2 if engram.table_dtype == "bfloat16" else 4
   rows = list(layout.rows.values()) if layout else []
@@ -119,15 +127,19 @@ def training_bytes(cfg: Config, counts: Counts, layout: HashLayout | None) -> di
   backbone = counts.all_parameters - counts.tables
   adam = 2 * 4 * width + 4
   state = {"adam": adam, "adam_catch_up": adam, "adagrad": 4, "sinkhorn": size * width}
+  row = {"tables": size * width, "table_optimizer": state[cfg.train.optimizer.table]}
+  whole = {name: padded * each for name, each in row.items()}
+  held = {name: touched * each for name, each in row.items()} if engram.on_host else whole
+  host = whole | {"total": sum(whole.values())} if engram.on_host else {}
   sizes = {
     "parameters": 4 * backbone,
     "gradients": 4 * backbone,
     "optimizer": 4 * (2 * backbone - counts.matrix_parameters),
-    "tables": size * padded * width,
+    "tables": held["tables"],
     "table_gradients": 4 * touched * width,
-    "table_optimizer": padded * state[cfg.train.optimizer.table],
+    "table_optimizer": held["table_optimizer"],
   }
-  return sizes | {"total": sum(sizes.values())}
+  return {"bytes": sizes | {"total": sum(sizes.values())}, "host_bytes": host}
 
 
 def divided_plan(cfg: Config, wanted: Topology, sizes: dict[str, int]) -> dict[str, Any]:
@@ -197,6 +209,9 @@ def show(plan: dict[str, Any]) -> None:
   table("Compute (matrix products)", ("", "number"), compute)
   sizes = [(named(k), decimal(n), BYTES[k]) for k, n in plan["bytes"].items()]
   table("Memory in training, over all devices", ("what", "size", "holds"), sizes)
+  if plan["host_bytes"]:
+    sizes = [(named(k), decimal(n), ON_HOST[k]) for k, n in plan["host_bytes"].items()]
+    table("Off the devices, on their host", ("what", "size", "holds"), sizes)
   if "topology" in plan:
     show_device(plan, table)
 

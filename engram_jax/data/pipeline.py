@@ -230,16 +230,19 @@ def _memory_map(
     raise ConfigError(
       f"model.engram.pad_id={engram.pad_id} is outside the tokenizer's {size:,} ids"
     )
-  layout = HashLayout.build(
-    engram.dialect,
-    engram.layers,
-    engram.rows_per_head,
-    engram.max_ngram,
-    engram.heads,
-    compressor.size,
-    int(compressor.table[engram.pad_id]),
-    engram.seed,
-  )
+  try:
+    layout = HashLayout.build(
+      engram.dialect,
+      engram.layers,
+      engram.rows_per_head,
+      engram.max_ngram,
+      engram.heads,
+      compressor.size,
+      int(compressor.table[engram.pad_id]),
+      engram.seed,
+    )
+  except ValueError as error:  # primes may add up to more rows than the config's own check allows
+    raise ConfigError(f"model.engram: {error}") from None
   return compressor, layout
 
 
