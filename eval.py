@@ -11,8 +11,6 @@ import itertools
 import json
 import pathlib
 import sys
-import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,7 +25,7 @@ from engram_jax.core.mesh import make_mesh
 from engram_jax.core.run_directory import CHECKPOINTS, TOKENIZER, open_run
 from engram_jax.data.pipeline import Prepared, prepare
 from engram_jax.data.tokenizer import read_tokenizer
-from engram_jax.errors import ConfigError, StorageError
+from engram_jax.errors import ConfigError
 from engram_jax.inference.generate import complete, make_next_logits
 from engram_jax.memory.compress import tokenizer_digest
 from engram_jax.training.evaluate import evaluate, make_eval_step
@@ -94,18 +92,13 @@ def evaluation_mesh(cfg: Config) -> Mesh:
   return make_mesh({"fsdp": parts}, devices[:parts])
 
 
-@contextlib.contextmanager
-def tables_on_host(recipe: Recipe, data: Prepared, run: pathlib.Path) -> Iterator[HostRows | None]:
-  """The tables where the run's placement has them (files only for now); None on the device."""
+def tables_on_host(
+  recipe: Recipe, data: Prepared, run: pathlib.Path
+) -> contextlib.AbstractContextManager[HostRows | None]:
+  """The tables where the run's placement has them; None on the device."""
   if not recipe.config.model.engram.on_host:
-    yield None
-    return
-  with contextlib.ExitStack() as stack:
-    try:
-      folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rows-", dir=run))
-    except OSError as error:
-      raise StorageError(f"{run} cannot be written: {error}") from None
-    yield stack.enter_context(HostRows(recipe, data.layout, pathlib.Path(folder)))
+    return contextlib.nullcontext()
+  return HostRows(recipe, data.layout, run)
 
 
 def check(args: Args) -> None:

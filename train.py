@@ -31,7 +31,7 @@ from engram_jax.model.counts import count, flops_per_token
 from engram_jax.model.lm import compute_dtype
 from engram_jax.training.evaluate import evaluate, make_eval_step
 from engram_jax.training.host import saved
-from engram_jax.training.host.host_rows import FOLDER, HostRows
+from engram_jax.training.host.host_rows import HostRows
 from engram_jax.training.identity import check_identity, identity
 from engram_jax.training.init_from import find_source
 from engram_jax.training.state import init_state, laid_out, make_recipe, up_to_date
@@ -67,7 +67,7 @@ def main() -> int:
     )
 
     # --- a new run, or where the last one stopped -------------------------------------------
-    start = checkpoints.newest_valid(say) if known else None
+    start = checkpoints.newest_valid(say) if run.known else None
     if start is not None:
       check_identity(checkpoints.meta(start), meaning, str(run.path))
     if start == train.steps:
@@ -75,7 +75,7 @@ def main() -> int:
       return 0
     on_host = None  # the tables, where they are not on the device
     if cfg.model.engram.on_host:
-      on_host = stack.enter_context(HostRows(recipe, data.layout, run.path / FOLDER))
+      on_host = stack.enter_context(HostRows(recipe, data.layout, run.path))
       train_step, eval_step = on_host.step, on_host.evaluating(eval_step)
       next_logits = on_host.completing(next_logits)
     if start is None:

@@ -188,7 +188,7 @@ def large(
     times.append(time.perf_counter() - begin)
     memory.append(resident())
     log(f"step {i}: loss {loss:.4f}, {times[-1]:.2f} s, {memory[-1] / 2**20:,.0f} MiB resident")
-  status = rows.tables[0].path.stat()
+  status = rows.tables[0].stat()
   return {
     "rows": layout.rows[layout.layers[0]],
     "file_gib": status.st_size / 2**30,

@@ -4,6 +4,7 @@ import re
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -77,6 +78,16 @@ def backbone_optimizer(
   return optax.chain(
     optax.partition(groups, parameter_groups), optax.scale_by_learning_rate(schedule)
   )
+
+
+def begun_at(state: Any, step: int) -> Any:
+  """A new state of `backbone_optimizer`, at the learning rate of that step of the schedule.
+
+  Moments know nothing yet, and their own counts, which correct them for that, stay zero.
+  """
+  *moments, scheduled = state
+  assert isinstance(scheduled, optax.ScaleByScheduleState), type(scheduled)
+  return *moments, scheduled._replace(count=jnp.full((), step, jnp.int32))
 
 
 def parameter_groups(params: Any) -> Any:

@@ -30,16 +30,16 @@ def saved_rows(
   Raises StorageError if the checkpoint is damaged or its arrays do not fit the layout.
   """
   index, rows = layout.layers.index(layer), layout.rows[layer]
-  if holds_written_alone(checkpoints.folder(step)):
-    size = max(1, BLOCK_BYTES // (4 * cfg.model.engram.row_width))
-    yield from rows_of_written(checkpoints.folder(step), cfg, layout, layer, size)
-    return
-  table = checkpoints.open_array(step, f"tables/{index}")
-  size = max(1, BLOCK_BYTES // (4 * table.shape[1]))
+  size = max(1, BLOCK_BYTES // (4 * cfg.model.engram.row_width))
   optimizer = row_optimizer(
     cfg.train.optimizer,
     learning_rate(cfg.train.schedule, cfg.train.optimizer.learning_rate, cfg.train.steps),
   )
+  if holds_written_alone(checkpoints.folder(step)):
+    of_written = rows_of_written(checkpoints, step, cfg, layout, layer, optimizer, size)
+    yield from (some.astype(np.float32) for some in of_written)
+    return
+  table = checkpoints.open_array(step, f"tables/{index}")
   flush, state = jax.jit(optimizer.flush), None
   if optimizer.lags:
     state = _saved_state(checkpoints, step, f"row_optimizers/{index}", optimizer, table)

@@ -13,6 +13,7 @@ A `TrainState` between such steps has no tables and no state of theirs: they are
 """
 
 import concurrent.futures
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,21 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.memory.dialects import HashLayout
-from engram_jax.memory.table import padded_rows
+from engram_jax.training.host.caught_up import caught_up
 from engram_jax.training.host.fetch import Came, Table, came_for, filled, fresh_rows
-from engram_jax.training.host.records import ROW, WRITTEN, Records, make_records
-from engram_jax.training.host.slab import (
-  draw,
-  draw_fresh,
-  first_rows,
-  make_slab,
-  make_slab_step,
-)
-from engram_jax.training.host.table import FileTable, HostTable
+from engram_jax.training.host.records import WRITTEN, records_of
+from engram_jax.training.host.slab import draw_fresh, first_rows, make_slab, make_slab_step
+from engram_jax.training.host.table import AT_ONCE, FileTable, HostTable
 from engram_jax.training.state import Recipe, TrainState
 
-FOLDER = "rows"  # of a run's folder
-_FLUSHED = 1 << 16  # rows brought up to date at once
 _POLL_SECONDS = 1e-3
 
 
@@ -45,32 +38,20 @@ class HostRows:
   """The tables of a run on its host; a context manager. Errors of its thread, such as a
   StorageError, are raised by the next call."""
 
-  def __init__(
-    self,
-    recipe: Recipe,
-    layout: HashLayout,
-    folder: pathlib.Path,
-    *,
-    placement: str | None = None,
-  ):
+  def __init__(self, recipe: Recipe, layout: HashLayout, folder: pathlib.Path):
     """Tables as `init_table` makes them, and optimizers before their first step.
 
     Args:
       recipe: of one device.
       layout: of the tables.
-      folder: for the files of the placement "file"; made if it is not there.
-      placement: "host" or "file"; the config's if left out.
+      folder: there already, on the disk for the files of the placement "file".
     """
     cfg = recipe.config
-    self.placement = placement or cfg.model.engram.placement
     self.optimizer, self._std = recipe.rows.optimizer, cfg.model.init_std
     engram, key = cfg.model.engram, jax.random.key(jnp.uint32(cfg.train.seed))
     self._keys = [jax.random.fold_in(key, 1 + layer) for layer in layout.layers]
-    self.tables: list[Table] = []
-    for layer in layout.layers:
-      rows, dtype = layout.rows[layer], jnp.dtype(engram.table_dtype)
-      form = make_records(self.optimizer, rows, padded_rows(rows), engram.row_width, dtype)
-      self.tables.append(self._open(form, folder / f"layer_{layer}.rows", layout.digest))
+    make = HostTable if engram.placement == "host" else functools.partial(FileTable, folder)
+    self.tables: list[Table] = [make(f) for f in records_of(self.optimizer, engram, layout)]
     self.scalars = [table.records.first_scalars() for table in self.tables]
     self._program = make_slab_step(recipe)
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "rows")
@@ -81,12 +62,6 @@ class HostRows:
     self._writing: concurrent.futures.Future | None = None
     self._loss: jax.Array | None = None
     self._reset_counts()
-
-  def _open(self, form: Records, path: pathlib.Path, digest: str) -> Table:
-    if self.placement == "host":
-      return HostTable(form)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileTable(form, path, {"hash_layout": digest})
 
   def __enter__(self) -> "HostRows":
     return self
@@ -239,16 +214,12 @@ class HostRows:
     return state
 
   def _flush(self) -> None:
+    """Rows that no step has written have nothing to catch up with."""
     self.settle()
-    flush = jax.jit(self.optimizer.flush)
-    for i, table in enumerate(self.tables):
-      self._draw_all(i)
-      for start in range(0, table.records.padded, _FLUSHED):
-        some = np.arange(start, min(start + _FLUSHED, table.records.padded))
-        row, *rest = table.records.split(table.take(some))
-        state = table.records.tree(tuple(rest), self.scalars[i])
-        row, state = flush(row, state, first_row=jnp.uint32(start))
-        table.put(some, table.records.join((row, *table.records.apart(state)[0])))
+    for table, scalars in zip(self.tables, self.scalars, strict=True):
+      size = min(AT_ONCE, table.records.padded)
+      for ids, records in table.written():
+        table.put(ids, caught_up(self.optimizer, table.records, scalars, ids, records, size))
     self.forget()
 
   def forget(self) -> None:
@@ -258,27 +229,6 @@ class HostRows:
       batch, future = self._next
       future.result()
       self._next = batch, self._thread.submit(self._read, batch["row_ids"], alone=True)
-
-  def whole(self) -> list[tuple[np.ndarray, ...]]:
-    """The leaves [R_padded, ...] of each table, views; only of tables in memory."""
-    self.settle()
-    for i in range(len(self.tables)):
-      self._draw_all(i)
-    return [table.records.views(table.whole()) for table in self.tables]
-
-  def _draw_all(self, i: int) -> None:
-    """Writes the rows that no step has written yet, as `init_table` makes them."""
-    table = self.tables[i]
-    form, array = table.records, table.whole()
-    _, (width,), dtype = form.leaves[0]
-    options = {"rows": form.rows, "width": width, "std": self._std, "dtype": dtype}
-    for start in range(0, form.padded, _FLUSHED):
-      some = array[start : start + _FLUSHED]
-      at = np.flatnonzero(some[WRITTEN] == 0)
-      if at.size:
-        drawn = draw(self._keys[i], jnp.arange(start, start + len(some)), **options)
-        some[ROW][at] = np.asarray(drawn).view(some[ROW].dtype)[at]
-        some[WRITTEN] = 1
 
   # --- what it cost ------------------------------------------------------------------------
 

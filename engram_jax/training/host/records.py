@@ -11,6 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from engram_jax.config import EngramConfig
+from engram_jax.memory.dialects import HashLayout
+from engram_jax.memory.table import padded_rows
 from engram_jax.training.rows.form import TouchedRows
 
 ROW, WRITTEN = "row", "written"
@@ -47,9 +50,13 @@ class Records:
     name, _, dtype = self.leaves[0]
     return np.ascontiguousarray(records_U[name]).view(dtype)
 
-  def views(self, records: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The leaves without a copy; they change with the records."""
-    return tuple(records[name].view(dtype) for name, _, dtype in self.leaves)
+  def begun(self, rows_UC: np.ndarray) -> np.ndarray:
+    """Records [U] of rows [U, C] whose optimizer has not seen a gradient, marked as written."""
+    name, _, dtype = self.leaves[0]
+    records_U = np.zeros(len(rows_UC), self.dtype)
+    records_U[name] = rows_UC.view(_stored(dtype))
+    records_U[WRITTEN] = 1
+    return records_U
 
   def join(self, leaves: tuple[np.ndarray, ...]) -> np.ndarray:
     """Records [U] of leaves [U, ...], marked as written."""
@@ -71,6 +78,10 @@ class Records:
     pairs = list(zip(shapes, leaves, strict=True))
     return tuple(x for s, x in pairs if s.ndim), tuple(x for s, x in pairs if not s.ndim)
 
+  def scalars_alone(self, scalars: tuple[Any, ...]) -> Any:
+    """The optimizer's state with nothing (None) for what each row has."""
+    return self.tree((None,) * (len(self.leaves) - 1), scalars)
+
   def first_scalars(self) -> tuple[jax.Array, ...]:
     """Before any step: zeros."""
     return tuple(jax.numpy.zeros((), x.dtype) for x in jax.tree.leaves(self.state) if not x.ndim)
@@ -88,6 +99,13 @@ def make_records(
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       leaves.append((name, x.shape[1:], np.dtype(x.dtype)))
   return Records(rows, padded, tuple(leaves), state)
+
+
+def records_of(optimizer: TouchedRows, engram: EngramConfig, layout: HashLayout) -> list[Records]:
+  """Of each of a model's tables."""
+  dtype = jax.numpy.dtype(engram.table_dtype)
+  counts = [layout.rows[layer] for layer in layout.layers]
+  return [make_records(optimizer, R, padded_rows(R), engram.row_width, dtype) for R in counts]
 
 
 def _stored(dtype: np.dtype) -> np.dtype:

@@ -1,26 +1,30 @@
 """Checkpoints of tables on the host, and any placement's checkpoint under any other.
 
-Two forms. Tables in memory are saved whole, as those on a device are: leaf for leaf the same
-arrays. Of tables in files, which may be larger than memory and disk, only rows that a step has
-written are saved (training/host/written.py), beside Orbax's arrays and under the same manifest.
+Two forms. Tables on devices are saved whole, by Orbax. Of tables on the host or in files, which may
+be larger than memory and disk, only rows that a step has written are saved
+(training/host/written.py), beside Orbax's arrays and under the same manifest: a table is never held
+twice.
 """
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.saved_arrays import SavedArray
 from engram_jax.errors import StorageError
 from engram_jax.memory.dialects import HashLayout
+from engram_jax.memory.table import init_table
+from engram_jax.training.host.fetch import filled
 from engram_jax.training.host.host_rows import HostRows
-from engram_jax.training.host.records import Records
+from engram_jax.training.host.records import Records, records_of
 from engram_jax.training.host.written import (
-  FOLDER,
-  blocks,
+  READ_AT_ONCE,
   holds_written_alone,
   write_written,
+  written_blocks,
 )
 from engram_jax.training.state import Recipe, TrainState, logical_rows, state_shapes
 
@@ -38,11 +42,9 @@ def save(
   if rows is None:
     checkpoints.save(step, state, meta)
     return
-  if rows.placement == "host":
-    checkpoints.save(step, _whole(state, rows), meta)
-    return
   rows.settle()
-  state = state._replace(row_optimizers=_scalars_alone(rows, rows.scalars))
+  forms = [table.records for table in rows.tables]
+  state = state._replace(row_optimizers=_scalars_alone(forms, rows.scalars))
   write = lambda folder: write_written(rows.tables, folder)
   checkpoints.save(step, state, meta, files=write)
 
@@ -63,9 +65,7 @@ def restore(
     return checkpoints.restore(step, like, rows=logical_rows(layout))
   bare = checkpoints.restore(step, like._replace(tables=(), row_optimizers=()), partial=True)
   if rows is None:
-    with HostRows(recipe, layout, checkpoints.directory, placement="host") as rows:
-      _restore_written(checkpoints, step, rows)
-      return _on_device(bare, like, rows)
+    return _restore_on_device(checkpoints, step, recipe, layout, bare, like)
   if of_written:
     _restore_written(checkpoints, step, rows)
   else:
@@ -74,45 +74,63 @@ def restore(
   return bare
 
 
-def _whole(state: TrainState, rows: HostRows) -> TrainState:
-  """The state with all leaves of tables in memory; views of them."""
-  leaves, forms = rows.whole(), [table.records for table in rows.tables]
-  states = [f.tree(x[1:], n) for f, x, n in zip(forms, leaves, rows.scalars, strict=True)]
-  return state._replace(tables=tuple(x[0] for x in leaves), row_optimizers=tuple(states))
+def _restore_on_device(
+  checkpoints: Checkpoints,
+  step: int,
+  recipe: Recipe,
+  layout: HashLayout,
+  bare: TrainState,
+  like: TrainState,
+) -> TrainState:
+  """Tables made where `like` says as before the first step, then the written rows put in."""
+  cfg, optimizer = recipe.config, recipe.rows.optimizer
+  engram, key = cfg.model.engram, jax.random.key(jnp.uint32(cfg.train.seed))
+  forms = records_of(optimizer, engram, layout)
+  scalars = _restored_scalars(checkpoints, step, forms)
+  tables, states = [], []
+  for i, (layer, form) in enumerate(zip(layout.layers, forms, strict=True)):
+    where = like.tables[i], *form.apart(like.row_optimizers[i])[0]
+    places = tuple(x.sharding for x in where)
+
+    def start(layer=layer, form=form) -> tuple[jax.Array, ...]:
+      own = {"std": cfg.model.init_std, "dtype": form.leaves[0][2], "mesh": recipe.spread}
+      table = init_table(jax.random.fold_in(key, 1 + layer), form.rows, engram.row_width, **own)
+      return table, *form.apart(optimizer.init(table))[0]
+
+    leaves = jax.jit(start, out_shardings=places)()
+    put = jax.jit(_put, donate_argnums=0, out_shardings=places)
+    for ids, records in written_blocks(checkpoints.folder(step), i, form):
+      size = min(READ_AT_ONCE, form.padded)
+      ids = filled(ids, size, np.iinfo(np.int32).max)  # which is past the end: dropped
+      leaves = put(leaves, ids, tuple(filled(x, size) for x in form.split(records)))
+    alone = form.apart(like.row_optimizers[i])[1]
+    counted = (jax.device_put(x, y.sharding) for x, y in zip(scalars[i], alone, strict=True))
+    tables.append(leaves[0])
+    states.append(form.tree(leaves[1:], tuple(counted)))
+  return bare._replace(tables=tuple(tables), row_optimizers=tuple(states))
 
 
-def _on_device(bare: TrainState, like: TrainState, rows: HostRows) -> TrainState:
-  """The whole state where `like` says, a table with as many pad rows as there."""
-
-  def place(x: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
-    whole = np.zeros(like.shape, like.dtype)
-    common = tuple(slice(min(n, m)) for n, m in zip(like.shape, x.shape, strict=True))
-    whole[common] = np.asarray(x)[common]
-    return jax.device_put(whole, like.sharding)
-
-  whole = _whole(bare, rows)
-  return bare._replace(
-    tables=jax.tree.map(place, whole.tables, like.tables),
-    row_optimizers=jax.tree.map(place, whole.row_optimizers, like.row_optimizers),
-  )
-
-
-def _scalars_alone(rows: HostRows, scalars: list[tuple]) -> tuple[Any, ...]:
-  """The optimizers' states with nothing (None) for what each row has."""
-  forms = [table.records for table in rows.tables]
+def _put(leaves: tuple[jax.Array, ...], ids: jax.Array, new: tuple[jax.Array, ...]) -> tuple:
   return tuple(
-    f.tree((None,) * (len(f.leaves) - 1), n) for f, n in zip(forms, scalars, strict=True)
+    x.at[ids].set(y, mode="drop", wrap_negative_indices=False)
+    for x, y in zip(leaves, new, strict=True)
   )
 
 
-def _restore_scalars(checkpoints: Checkpoints, step: int, rows: HostRows) -> None:
-  like = {"row_optimizers": _scalars_alone(rows, rows.scalars)}
+def _scalars_alone(forms: list[Records], scalars: list[tuple]) -> tuple[Any, ...]:
+  """The optimizers' states with nothing (None) for what each row has."""
+  return tuple(form.scalars_alone(n) for form, n in zip(forms, scalars, strict=True))
+
+
+def _restored_scalars(checkpoints: Checkpoints, step: int, forms: list[Records]) -> list[tuple]:
+  first = [form.first_scalars() for form in forms]
+  like = {"row_optimizers": _scalars_alone(forms, first)}
   found = checkpoints.restore(step, like, partial=True)["row_optimizers"]
-  rows.scalars = [tuple(jax.tree.leaves(state)) for state in found]
+  return [tuple(jax.tree.leaves(state)) for state in found]
 
 
 def _restore_whole(checkpoints: Checkpoints, step: int, rows: HostRows) -> None:
-  _restore_scalars(checkpoints, step, rows)
+  rows.scalars = _restored_scalars(checkpoints, step, [table.records for table in rows.tables])
   for i, table in enumerate(rows.tables):
     form = table.records
     arrays = [
@@ -138,10 +156,7 @@ def _opened(checkpoints: Checkpoints, step: int, path: str, form: Records, leaf:
 
 
 def _restore_written(checkpoints: Checkpoints, step: int, rows: HostRows) -> None:
-  _restore_scalars(checkpoints, step, rows)
-  folder = checkpoints.folder(step) / FOLDER
+  rows.scalars = _restored_scalars(checkpoints, step, [table.records for table in rows.tables])
   for i, table in enumerate(rows.tables):
-    ids = blocks(folder / f"{i}.ids.npy", np.dtype(np.int32))
-    records = blocks(folder / f"{i}.records.npy", table.records.dtype)
-    for ids_n, records_n in zip(ids, records, strict=True):
-      table.put(ids_n, records_n)
+    for ids, records in written_blocks(checkpoints.folder(step), i, table.records):
+      table.put(ids, records)

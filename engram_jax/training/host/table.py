@@ -1,22 +1,20 @@
 """One table's records in host memory, or in a sparse file that memory never holds whole."""
 
 import concurrent.futures
-import json
+import errno
 import mmap
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
-from engram_jax.errors import ConfigError, StorageError
+from engram_jax.errors import StorageError
 from engram_jax.training.host.records import WRITTEN, Records
 
-FORMAT = 1
-HEADER = 4096  # bytes before the first record
-MAGIC = b"engram_jax rows\n"
-BLOCK = 1024  # records read at once when a whole table is passed over
+AT_ONCE = 1 << 14  # records read at once, at most, when a whole table is passed over
+_FROM_FILE = 1024  # the same of a file: what follows a hole may be another
 _MAPPED = 256 << 20  # bytes that may be mapped at a time: what counts as this process's memory
 _READERS = 16  # threads: a disk answers many reads in the time of one
 _TOGETHER = 1024  # records a thread reads, at least
@@ -29,6 +27,7 @@ class HostTable:
     """In memory. Pages that nothing was written to take no room."""
     self.records = records
     self._array = np.zeros(records.padded, records.dtype)
+    self._written = np.zeros(records.padded, bool)  # so that empty pages need not be looked at
 
   def take(self, ids_U: np.ndarray) -> np.ndarray:
     """Records [U], a copy; ids in [0, R_padded)."""
@@ -37,51 +36,46 @@ class HostTable:
   def put(self, ids_U: np.ndarray, records_U: np.ndarray) -> None:
     """Replaces the records of distinct ids."""
     self._array[ids_U] = records_U
+    self._written[ids_U] = records_U[WRITTEN] != 0
 
-  def whole(self) -> np.ndarray:
-    """All records, no copy."""
-    return self._array
+  def written(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids, records) of all written rows in rising order, copies, up to AT_ONCE."""
+    for first in range(0, self.records.padded, AT_ONCE):
+      at = np.flatnonzero(self._written[first : first + AT_ONCE])
+      if at.size:
+        ids = (first + at).astype(np.int32)
+        yield ids, self._array[ids]
 
   def close(self) -> None:
     """Nothing to do: memory goes with the object."""
 
 
 class FileTable:
-  """The same in a sparse file: HEADER bytes, then the records, mapped a few pages at a time.
+  """The same in a sparse file, mapped a few pages at a time.
 
-  The file is scratch for one run of the program: it starts empty, and checkpoints hold copies.
+  The file is scratch for one run of the program: it starts empty and has no name, so the system
+  takes it back however the process ends. Checkpoints hold copies.
   """
 
-  def __init__(self, records: Records, path: pathlib.Path, meaning: dict[str, Any]):
-    """Makes the file, in place of one that a killed process left behind.
-
-    Args:
-      path: of the file; its folder exists.
-      meaning: JSON values that say whose rows these are.
-
-    Raises:
-      ConfigError: there is a file already, of other rows.
-      StorageError: it cannot be written.
-    """
-    self.records, self.path = records, path
-    header = _header(records, meaning)
-    if path.exists():
-      _require_same(path, header)
-    self._size = HEADER + records.padded * records.dtype.itemsize
+  def __init__(self, folder: pathlib.Path, records: Records):
+    """Makes the file on the disk of `folder`; StorageError where it cannot be made."""
+    self.records, self._folder = records, folder
+    self._size = max(1, records.padded) * records.dtype.itemsize
     try:
-      _make_sparse(path, header, self._size)
-      self._file = open(path, "r+b")  # noqa: SIM115 (closed by close())
+      self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by close())
+      self._file.truncate(self._size)
       self._map = mmap.mmap(self._file.fileno(), self._size)
       self._map.madvise(mmap.MADV_RANDOM)
     except (OSError, ValueError, OverflowError) as error:
-      raise StorageError(f"{path} cannot be made with {self._size:,} bytes: {error}") from error
-    self._array = np.frombuffer(self._map, records.dtype, records.padded, HEADER)
+      raise StorageError(
+        f"{folder}: no file of {self._size:,} bytes can be made there: {error}"
+      ) from error
+    self._array = np.frombuffer(self._map, records.dtype, records.padded)
     self._pool = concurrent.futures.ThreadPoolExecutor(_READERS, "read-rows")
     self._mapped = 0
 
   def take(self, ids_U: np.ndarray) -> np.ndarray:
-    """Records [U], a copy; ids in [0, R_padded). StorageError if the file is not whole any more."""
-    self._require_whole()
+    """Records [U], a copy; ids in [0, R_padded)."""
     out_U = np.empty(len(ids_U), self.records.dtype)
     parts = max(1, min(_READERS, len(ids_U) // _TOGETHER))
 
@@ -95,34 +89,39 @@ class FileTable:
 
   def put(self, ids_U: np.ndarray, records_U: np.ndarray) -> None:
     """Replaces the records of distinct ids; StorageError where the disk has no room for them."""
-    self._require_whole()
     # A full disk does not fail a write to mapped memory: it kills the process.
     needed = len(ids_U) * 2 * max(mmap.PAGESIZE, self.records.dtype.itemsize)
-    disk = os.statvfs(self.path)
+    disk = os.fstatvfs(self._file.fileno())
     if disk.f_bavail * disk.f_frsize < needed:
-      raise StorageError(f"{self.path}: the disk has no room for {needed:,} more bytes")
+      raise StorageError(f"{self._folder}: the disk has no room for {needed:,} more bytes")
     self._array[ids_U] = records_U
     self._let_go(len(ids_U))
 
   def written(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ids, records) of all written rows in rising order, a few at a time, holes passed over."""
+    """(ids, records) of all written rows in rising order, a few at a time, holes passed over.
+
+    Raises StorageError for what cannot be read.
+    """
     size, first = self.records.dtype.itemsize, 0
     while (first := self._next_data(first)) is not None:
-      count = min(BLOCK, self.records.padded - first)
-      content = os.pread(self._file.fileno(), count * size, HEADER + first * size)
+      count = min(_FROM_FILE, self.records.padded - first)
+      content = os.pread(self._file.fileno(), count * size, first * size)
       block = np.frombuffer(content, self.records.dtype)
       at = np.flatnonzero(block[WRITTEN])
       if at.size:
         yield (first + at).astype(np.int32), block[at]
       first += count
 
+  def stat(self) -> os.stat_result:
+    """Of the file: its size, and the blocks it takes on the disk."""
+    return os.fstat(self._file.fileno())
+
   def close(self) -> None:
-    """Removes the file: what is to stay is in checkpoints."""
+    """Gives the file back: what is to stay is in checkpoints."""
     self._pool.shutdown()
     del self._array
     self._map.close()
     self._file.close()
-    self.path.unlink(missing_ok=True)
 
   def _next_data(self, first: int) -> int | None:
     """The first record at or after `first` that is not in a hole; None past the last."""
@@ -130,15 +129,12 @@ class FileTable:
       return None
     size = self.records.dtype.itemsize
     try:
-      data = os.lseek(self._file.fileno(), HEADER + first * size, os.SEEK_DATA)
-    except OSError:  # ENXIO: only a hole follows
-      return None
-    return max(first, (data - HEADER) // size)
-
-  def _require_whole(self) -> None:
-    size = os.fstat(self._file.fileno()).st_size
-    if size != self._size:
-      raise StorageError(f"{self.path} has {size:,} bytes, not {self._size:,}: it was changed")
+      data = os.lseek(self._file.fileno(), first * size, os.SEEK_DATA)
+    except OSError as error:
+      if error.errno == errno.ENXIO:  # only a hole follows
+        return None
+      raise StorageError(f"{self._folder}: rows cannot be read: {error}") from error
+    return max(first, data // size)
 
   def _let_go(self, records: int) -> None:
     """Unmaps pages, which stay in the system's cache, once many were touched."""
@@ -146,34 +142,3 @@ class FileTable:
     if self._mapped > _MAPPED:
       self._map.madvise(mmap.MADV_DONTNEED)
       self._mapped = 0
-
-
-def _header(records: Records, meaning: dict[str, Any]) -> dict[str, Any]:
-  fields = [[name, list(shape), dtype.name] for name, shape, dtype in records.leaves]
-  return {"format": FORMAT, "rows": records.rows, "record": fields} | meaning
-
-
-def _make_sparse(path: pathlib.Path, header: dict[str, Any], size: int) -> None:
-  partial = path.with_name(path.name + ".partial")
-  content = MAGIC + json.dumps(header).encode() + b"\n"
-  assert len(content) <= HEADER, header
-  with open(partial, "wb") as file:
-    file.write(content)
-    file.truncate(size)
-  os.replace(partial, path)
-
-
-def _require_same(path: pathlib.Path, header: dict[str, Any]) -> None:
-  """Refuses to replace what this run did not make."""
-  with open(path, "rb") as file:
-    content = file.read(HEADER)
-  remove = "remove it, or choose another --run.name"
-  if not content.startswith(MAGIC):
-    raise ConfigError(f"{path} is no file of table rows; {remove}")
-  try:
-    found = json.loads(content.removeprefix(MAGIC).split(b"\n")[0])
-  except ValueError:
-    raise ConfigError(f"{path} is damaged: its header cannot be read; {remove}") from None
-  for key, value in header.items():
-    if found.get(key) != value:
-      raise ConfigError(f"{path} holds other rows: {key} {found.get(key)}, not {value}; {remove}")
