@@ -1,6 +1,9 @@
 """Runs out as safetensors and in again, bit for bit; memories copied out of released layouts."""
 
+import contextlib
+import functools
 import json
+import operator
 import pathlib
 import shutil
 
@@ -8,6 +11,8 @@ import jax
 import numpy as np
 import pytest
 import safetensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from miniatures import (
   QWEN,
   qwen_tensors,
@@ -19,10 +24,13 @@ from miniatures import (
 )
 
 from engram_jax import __main__ as command
+from engram_jax.commands import convert_import
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.run_directory import open_run
 from engram_jax.data.pipeline import prepare
+from engram_jax.errors import ConfigError, StorageError
 from engram_jax.inference.store.file import FileRows
+from engram_jax.interop.folder import Folder
 from engram_jax.interop.reader import MemoryReader
 from engram_jax.memory.codecs import decode, encode
 from engram_jax.memory.compress import TokenCompressor
@@ -259,6 +267,31 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
   assert done.err.count("\n") == 1
   left = list((tmp_path / "runs").iterdir()) if (tmp_path / "runs").exists() else []
   assert left == []
+
+
+def places(tree, path=()):
+  """Of every value in nested dicts and lists."""
+  yield path
+  for key in tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
+    yield from places(tree[key], (*path, key))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_an_exports_config_becomes_it_fits_or_is_refused(exported, tmp_path_factory, data):
+  """One value exchanged for a hostile one."""
+  folder = tmp_path_factory.mktemp("fuzz")
+  for path in exported.iterdir():
+    (folder / path.name).symlink_to(path)
+  tree = {"all": json.loads((exported / "config.json").read_text())}
+  *above, last = ("all", *data.draw(st.sampled_from(list(places(tree["all"])))))
+  functools.reduce(operator.getitem, above, tree)[last] = data.draw(
+    st.sampled_from([None, [], [1], {}, "x", -1, 0, True, 0.5, 10**12, 2**70, float("nan")])
+  )
+  (folder / "config.json").unlink()
+  (folder / "config.json").write_text(json.dumps(tree["all"]))
+  with contextlib.suppress(ConfigError, StorageError), Folder(folder) as opened:
+    convert_import.checked(opened, tmp_path_factory.getbasetemp() / "new" / "t")
 
 
 def test_a_damaged_run_is_not_exported(run, say, tmp_path):

@@ -6,8 +6,11 @@ import re
 import numpy as np
 import pytest
 
+from engram_jax.config import load_config
 from engram_jax.core import manifest
 from engram_jax.core.checkpoint import Checkpoints
+from engram_jax.memory.hashing import HashLayout
+from engram_jax.training.saved_rows import saved_rows
 
 QUICK = ("--train.steps", 2, "--train.sample_tokens", 0)
 
@@ -18,6 +21,11 @@ def saved(run, step):
     tree = manifest.read(checkpoints.folder(step))["tree"]
     parts = ("params/", "biases/", "tables/")
     return {p: checkpoints.open_array(step, p).read() for p in tree if p.startswith(parts)}
+
+
+def meta(run, step):
+  with Checkpoints(run / "checkpoints", keep=None) as checkpoints:
+    return checkpoints.meta(step)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +74,37 @@ def test_the_same_model_goes_on_with_its_tables(lab, still):
     for name in ("still", "again")
   ]
   assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("place", ["host", "file"])
+def test_the_sources_tables_may_lie_anywhere_and_be_rounded(lab, still, tmp_path, place):
+  """What is still stays still: only the table's dtype is another."""
+  quiet = ("--train.optimizer.learning_rate", 1e-30, "--model.moe.bias_step", 0, *QUICK)
+  words = ("--run.name", "there", "--train.seed", 5, "--model.engram.placement", place)
+  assert lab.training(tmp_path, *words, *quiet).code == 0
+  there = tmp_path / "there"
+  words = ("--run.name", "here", "--train.init_from", there)
+  words += ("--model.engram.table_dtype", "bfloat16")
+  for _ in range(2):  # it can be resumed: its state has the dtypes that its config says
+    done = lab.training(tmp_path, *words, *quiet)
+    assert done.code == 0, done.err
+  assert "is finished" in done.err
+  old, new = saved(there, 2), saved(tmp_path / "here", 2)
+  cfg = load_config(there / "config.yaml")
+  layout = HashLayout.from_description(meta(there, 2)["hash_layout"])
+  with Checkpoints(there / "checkpoints", keep=None) as checkpoints:
+    rows = np.concatenate(list(saved_rows(checkpoints, 2, cfg, layout, 1)))
+  np.testing.assert_array_equal(new["tables/0"][: len(rows)], rows.astype("bfloat16"))
+  assert rows.any()
+  for path, value in old.items():
+    np.testing.assert_allclose(new[path], value, rtol=0, atol=1e-20, err_msg=path)
+
+
+def test_rounding_is_said(lab, still, tmp_path):
+  words = ("--train.init_from", still, "--model.engram.table_dtype", "bfloat16", *QUICK)
+  done = lab.training(tmp_path, *words)
+  assert done.code == 0, done.err
+  assert "tables of float32 become bfloat16" in done.err
 
 
 def test_a_run_that_goes_on_reads_its_own_checkpoint(lab, without, tmp_path):

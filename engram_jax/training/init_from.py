@@ -37,7 +37,7 @@ class Source(NamedTuple):
     return state._replace(
       params=_taken(state.params, old.params),
       biases=_taken(state.biases, old.biases),
-      tables=old.tables if self.layout else state.tables,
+      tables=_rounded(old.tables, state.tables) if self.layout else state.tables,
     )
 
 
@@ -49,6 +49,9 @@ def find_source(
   say: Callable[[str], None],
 ) -> Source:
   """Where `train.init_from` points, checked against the new run; reads no array.
+
+  The source's tables may lie anywhere. Those of another dtype are rounded to the new run's, which
+  is said.
 
   Raises ConfigError for a folder that is no run or holds no sound checkpoint, another tokenizer,
   another memory than none or the same, a memory that would be lost, or other shapes.
@@ -62,8 +65,14 @@ def find_source(
     meta = checkpoints.meta(step)
   _check_memory(run, meta, meaning, recipe)
   old_layout = layout if meta["hash_layout"] else None
-  old = make_recipe(cfg, old_layout, recipe.mesh)
-  _check_shapes(run, state_shapes(old, old_layout), state_shapes(recipe, layout))
+  old = make_recipe(cfg.on_device(), old_layout, recipe.mesh)
+  there, here = state_shapes(old, old_layout), state_shapes(recipe, layout)
+  _check_shapes(run, there, here)
+  if there.tables and there.tables[0].dtype != here.tables[0].dtype:
+    say(
+      f"train.init_from={run!r}: its tables of {there.tables[0].dtype} become "
+      f"{here.tables[0].dtype} (model.engram.table_dtype), rounded to the nearest"
+    )
   return Source(folder, step, old, old_layout)
 
 
@@ -96,6 +105,11 @@ def _check_shapes(run: str, old: TrainState, new: TrainState) -> None:
       f"train.init_from={run!r} is another model: {path.partition('/')[2]} is {shape(a)} there, "
       f"{shape(b)} here; give it the same model section, apart from a memory"
     )
+
+
+def _rounded(old: tuple[jax.Array, ...], new: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+  cast = jax.jit(lambda tables: tuple(x.astype(y.dtype) for x, y in zip(tables, new, strict=True)))
+  return old if all(x.dtype == y.dtype for x, y in zip(old, new, strict=True)) else cast(old)
 
 
 def _taken(new: Any, old: Any) -> Any:
