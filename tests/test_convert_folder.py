@@ -243,7 +243,11 @@ def other_tokenizer(folder: pathlib.Path) -> None:
     (edit_config(lambda t: t.update(step="24")), 2, "step is '24'"),
     (edit_config(lambda t: t.update(step=10**12)), 2, "step is 1000000000000"),
     (edit_config(lambda t: t["meaning"].update(hash_layout=[1])), 2, "hash_layout is [1]"),
-    (edit_config(lambda t: t["meaning"].update(hash_layout=None)), 2, "there but 'engram'"),
+    (
+      edit_config(lambda t: t["meaning"].update(hash_layout=None)),
+      2,
+      "hash_layout.dialect is None there",
+    ),
     (edit_config(lambda t: t["meaning"].update(hash_layout_digest="")), 2, "digest is  there"),
     (edit_config(lambda t: t["meaning"].update(more=float("nan"))), 2, "cannot be kept"),
     (model(layers=10**9), 2, "model.layers is 1000000000"),
