@@ -1,5 +1,6 @@
 """A small model whose every part matters, as decoders get it: for tests of inference."""
 
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from engram_jax.config import ModelConfig
-from engram_jax.inference.decoder import Weights
+from engram_jax.inference.decoder import Decoder, Weights
 from engram_jax.memory.compress import TokenCompressor
 from engram_jax.memory.hashing import HashLayout, hash_ids_numpy
 from engram_jax.memory.table import init_table, lookup_reference
@@ -96,3 +97,11 @@ def make_speaker(
 def some_tokens(seed: int, length: int) -> list[int]:
   """Token ids that repeat n-grams now and then."""
   return jnp.asarray(np.random.default_rng(seed).integers(3, 15, length)).tolist()
+
+
+def diverged(decoder: Decoder) -> Decoder:
+  """The same decoder with parameters that are no numbers, as training may leave them."""
+  other = copy.copy(decoder)
+  params = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), decoder.model.params)
+  other.model = decoder.model._replace(params=params)
+  return other

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from served import CAPACITY, CHUNK, QUEUE, SLOTS, Heard, job, settle, small_decoder, small_engine
 from served import small_tokenizer as make_tokenizer
-from speaker import V, make_speaker, some_tokens
+from speaker import V, diverged, make_speaker, some_tokens
 
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.inference.decoder import Decoder, continuations
@@ -287,3 +287,10 @@ def test_closing_tells_everyone(decoder):
     assert any(e == [Failed("the server is stopping")] for e in heard.events)
     with pytest.raises(EngineDown, match="stopping"):
       Heard(engine, [job(PROMPTS[0])])
+
+
+def test_a_diverged_model_fails_its_requests_and_says_why(decoder):
+  with small_engine(diverged(decoder)) as engine:
+    heard = Heard(engine, [job(PROMPTS[0])]).wait()
+  assert not heard.ids()
+  assert "not finite" in heard.events[0][-1].message

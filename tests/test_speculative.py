@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from speaker import make_speaker, some_tokens
+from speaker import diverged, make_speaker, some_tokens
 
+from engram_jax.errors import NonFiniteError
 from engram_jax.inference.decoder import Decoder, continuations
 from engram_jax.inference.rows_on_device import DeviceRows
 from engram_jax.inference.sampling import Sampling
@@ -58,3 +59,9 @@ def test_a_model_that_repeats_itself_takes_fewer_passes(decoder):
   steps = list(speculative_continuations(decoder, [LOOP], [Sampling()], 40, guesses=3))
   assert sum(len(step[0]) for step in steps) == 40
   assert len(steps) < 40
+
+
+@pytest.mark.parametrize("continued", [continuations, speculative_continuations])
+def test_a_diverged_model_says_nothing(decoder, continued):
+  with pytest.raises(NonFiniteError, match="not finite"):
+    next(iter(continued(diverged(decoder), [LOOP], [Sampling()], 3)))

@@ -16,7 +16,7 @@ import numpy as np
 from engram_jax.config import ModelConfig
 from engram_jax.errors import ConfigError
 from engram_jax.inference.extend import Extended, Rows, Stages
-from engram_jax.inference.sampling import Sampling, Settings, choose_each
+from engram_jax.inference.sampling import Sampling, Settings, choose_each, require_finite
 from engram_jax.inference.state import DecodeState, empty_state
 from engram_jax.memory.compress import TokenCompressor
 from engram_jax.memory.hashing import HashLayout
@@ -154,7 +154,10 @@ def continuations(
   samplings: Sequence[Sampling],
   max_new: int,
 ) -> Iterator[np.ndarray]:
-  """int32 [B], the next token of each request, `max_new` times; the caller stops when it likes."""
+  """int32 [B], the next token of each request, `max_new` times; the caller stops when it likes.
+
+  Raises like `Decoder.prefill`, and NonFiniteError where the model gives no finite logits.
+  """
   decoder.check(prompts, max_new)
   settings = Settings.of(samplings)
   logits_BV, state = decoder.prefill(prompts)
@@ -166,9 +169,9 @@ def continuations(
     tokens_BT, seen_TBV = choose_each(logits_BTV, seen_BV, one_B[:, None], i * one_B, settings)
     seen_BV = seen_TBV[0]
     if i + 1 < max_new:
-      out = decoder.extend(state, tokens_BT, one_B)
+      out = decoder.extend(state, jnp.maximum(tokens_BT, 0), one_B)
       logits_BV, state = out.logits, out.state
-    yield np.asarray(tokens_BT)[:, 0]
+    yield require_finite(np.asarray(tokens_BT)[:, 0])
 
 
 def seen_tokens(prompts: Sequence[Sequence[int]], vocabulary: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.inference.decoder import Decoder, known_ids, seen_tokens
-from engram_jax.inference.sampling import Sampling, Settings, choose_each
+from engram_jax.inference.sampling import Sampling, Settings, choose_each, require_finite
 from engram_jax.inference.state import rewind
 
 
@@ -63,6 +63,8 @@ def speculative_continuations(
       _accepted(c, draft, max_new - n)
       for c, draft, n in zip(np.asarray(chosen_BT).tolist(), drafts, made_B, strict=True)
     ]
+    for tokens in new:
+      require_finite(np.array(tokens, np.int32))
     yield new
     count_B = np.array([len(tokens) for tokens in new], np.int32)
     made_B = made_B + count_B

@@ -15,6 +15,7 @@ import numpy as np
 import tokenizers
 
 from engram_jax.inference.decoder import Decoder
+from engram_jax.inference.sampling import require_finite
 from engram_jax.inference.server.job import (
   Done,
   EngineDown,
@@ -280,7 +281,7 @@ class _Running:
 
   def add(self, step: Step, slot: int, stop_ids: frozenset[int]) -> Token:
     """The slot's token of this step. Sets `done` at the end."""
-    token, start, text = int(step.token_B[slot]), self.stream.decoded, ""
+    token, start, text = int(require_finite(step.token_B[slot])), self.stream.decoded, ""
     if token in stop_ids:  # scored like any other: evaluation harnesses count on a last token
       self.done = Done(self.stream.close(), "stop")
     else:

@@ -111,10 +111,10 @@ class Slots:
   def step(self, busy_B: np.ndarray, top: bool) -> Step:
     """The next token of every busy slot, also put into its state."""
     count_B = busy_B.astype(np.int32)
-    tokens_BT, self._seen_BV, scored = _choose(
+    tokens_BT, fed_BT, self._seen_BV, scored = _choose(
       self._logits_BV, self._seen_BV, self._index_B, self._settings, self.vocabulary, self._top(top)
     )
-    out = self.decoder.extend(self._state, tokens_BT, count_B)
+    out = self.decoder.extend(self._state, fed_BT, count_B)
     self._state, self._logits_BV = out.state, out.logits
     self._index_B = self._index_B + count_B
     tokens_BT, scored, gates = jax.device_get((tokens_BT, scored, [_mean(g) for g in out.gates]))
@@ -138,11 +138,12 @@ _mean = jax.jit(lambda gate_BTG: gate_BTG.mean(-1))
 
 @functools.partial(jax.jit, static_argnames=("vocabulary", "top"))
 def _choose(logits_BV, seen_BV, index_B, settings: Settings, vocabulary: int, top: int) -> Any:
-  """As `continuations` chooses, with the scores of what was chosen."""
+  """As `continuations` chooses, -1 included, the tokens to go on with, and their scores."""
   logits_BTV = known_ids(logits_BV, vocabulary)[:, None]
   unused_BT = jnp.ones((len(logits_BV), 1), jnp.int32)
   tokens_BT, seen_TBV = choose_each(logits_BTV, seen_BV, unused_BT, index_B, settings)
-  return tokens_BT, seen_TBV[0], _score(logits_BTV, tokens_BT, vocabulary, top)
+  fed_BT = jnp.maximum(tokens_BT, 0)
+  return tokens_BT, fed_BT, seen_TBV[0], _score(logits_BTV, fed_BT, vocabulary, top)
 
 
 @functools.partial(jax.jit, static_argnames=("vocabulary", "top"))
