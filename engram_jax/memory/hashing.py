@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["HashLayout", "hash_ids", "hash_ids_numpy", "invalid_ids"]
 
 BLOCK = 4096  # tokens reduced at a time on the host
-FEW = 128  # tokens for which calls cost more than divisions
+FEW = 512  # tokens for which calls cost more than divisions
 
 
 def hash_ids_numpy(
@@ -116,6 +116,8 @@ def look_back(
   def extend(x, filler):
     """[B, T] or [B, H+T] to [B, N-1+T]: what is missing on the left is filled."""
     x = xp.asarray(x)[:, -(context + T) :]
+    if x.shape[1] == context + T:
+      return x
     filler = xp.asarray(filler, x.dtype)
     missing = xp.broadcast_to(filler, (B, context + T - x.shape[1]))
     return xp.concatenate([missing, x], axis=1)
@@ -127,6 +129,8 @@ def look_back(
     ids_BT = xp.concatenate([history_BH, ids_BT], axis=1)
   pad = xp.asarray(layout.pad_id, ids_BT.dtype)
   ids = extend(ids_BT, pad)
+  if mask_BT is None and segments_BT is None and layout.dialect != "qwen_ple":
+    return [before(ids, i) for i in range(layout.max_ngram)]  # nothing ends a look-back
   masked = xp.zeros((B, T), bool) if mask_BT is None else xp.asarray(mask_BT, bool)
   ends = extend(masked, False)
   reached = ~before(ends, 0)
