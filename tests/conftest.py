@@ -175,10 +175,20 @@ def share_programs(commands: list[ModuleType]) -> None:
   train = commands[0]
   layouts, make_recipe = {}, train.make_recipe
   recipe = functools.cache(lambda cfg, mesh: make_recipe(cfg, layouts[cfg], mesh))
-  make = {
-    name: functools.cache(getattr(train, name))
-    for name in ("make_train_step", "make_eval_step", "make_next_logits")
-  }
+  made: dict[tuple, object] = {}  # by the identity of arguments: recipes live as long as this
+
+  def once(name: str):
+    function = getattr(train, name)
+
+    def call(*args, **options):
+      key = (name, *map(id, args), *sorted(options.items()))
+      if key not in made:
+        made[key] = function(*args, **options), args
+      return made[key][0]
+
+    return call
+
+  make = {name: once(name) for name in ("make_train_step", "make_eval_step", "make_next_logits")}
 
   def shared_recipe(cfg: Config, layout: HashLayout | None = None, mesh: Mesh | None = None):
     data = cfg.data.model_copy(update={"tokenizer": ""})

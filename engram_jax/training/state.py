@@ -52,7 +52,7 @@ class Recipe(NamedTuple):
   rows: LocalRows | ShardedRows
   learning_rate: Any
   mesh: Mesh | None = None
-  placements: Any = None  # a NamedSharding per leaf of the TrainState; None on one device
+  placements: Any = None  # a NamedSharding per leaf of the TrainState; None without a mesh
   formats: Any = None  # the same, on TPU with the layout of tables; see memory.table.by_rows
 
   @property
@@ -90,8 +90,10 @@ def make_recipe(cfg: Config, layout: HashLayout | None = None, mesh: Mesh | None
   backbone = backbone_optimizer(optimizer, schedule, nnx.to_pure_dict(params), mesh)
   rows = _rows(cfg, row_optimizer(optimizer, schedule), mesh)
   recipe = Recipe(cfg, graphdef, backbone, rows, schedule, mesh)
-  if recipe.spread is None:
+  if mesh is None:
     return recipe
+  # On one device too: arrays without a mesh have another type than those that a step returns, and
+  # the step would be compiled once for each.
   shapes = jax.eval_shape(lambda: _initial(recipe, layout, jnp.uint32(0)))
   places = _placements(mesh, shapes)
   formats = jax.tree.map(lambda place, x: by_rows(place, x.ndim), places, shapes)
@@ -150,7 +152,7 @@ def init_state(recipe: Recipe, layout: HashLayout | None) -> TrainState:
 def laid_out(recipe: Recipe, state: TrainState) -> TrainState:
   """The state as the step wants it, given as any program or a checkpoint left it; used up, as by a
   step. Only TPUs have a layout of their own for tables."""
-  if recipe.spread is None or platform(recipe.mesh) != "tpu":
+  if recipe.mesh is None or platform(recipe.mesh) != "tpu":
     return state
   return jax.jit(lambda state: state, out_shardings=recipe.formats, donate_argnums=0)(state)
 

@@ -79,7 +79,7 @@ def make_slab_step(recipe: Recipe) -> Callable[[TrainState, Batch, Arrays], tupl
 
   def step(state: TrainState, batch: Batch, ids: Arrays) -> tuple[TrainState, dict]:
     rows = SlabRows(recipe.rows.optimizer, ids)
-    return train_step(recipe._replace(rows=rows))(state, batch)
+    return train_step(recipe._replace(rows=rows, placements=None))(state, batch)
 
   return jax.jit(step, donate_argnums=0)
 

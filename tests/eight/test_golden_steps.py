@@ -1,0 +1,12 @@
+"""The first steps of training on eight devices give the numbers that are checked in."""
+
+import golden_steps
+import pytest
+
+SLOW = [pytest.param(t, marks=pytest.mark.slow) for t in ("adam_catch_up", "adagrad")]
+
+
+@pytest.mark.parametrize("table", ["adam", "sinkhorn", *SLOW])
+def test_first_steps(quick, table):
+  found = golden_steps.run(table, "eight")
+  golden_steps.assert_close(found, golden_steps.golden(table, "eight"))

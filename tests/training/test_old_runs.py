@@ -1,0 +1,105 @@
+"""Runs that an older version trained are restored bit for bit, go on, are evaluated and serve."""
+
+import contextlib
+import hashlib
+import json
+import pathlib
+import queue
+import shutil
+
+import jax
+import pytest
+
+from engram_jax.commands.open_model import Rows, open_model
+from engram_jax.core import manifest
+from engram_jax.core.checkpoint import Checkpoints
+from engram_jax.core.mesh import make_mesh
+from engram_jax.core.run_directory import CHECKPOINTS, open_run
+from engram_jax.data.pipeline import prepare
+from engram_jax.inference.completion import encode
+from engram_jax.inference.decoder import Decoder, continuations
+from engram_jax.inference.sampling import Sampling
+from engram_jax.inference.server.engine import Engine
+from engram_jax.inference.server.job import Done, Job, Token
+from engram_jax.training.host import saved
+from engram_jax.training.host.host_rows import HostRows
+from engram_jax.training.state import make_recipe
+
+ROOT = pathlib.Path(__file__).parents[2]
+OLD = pathlib.Path("tests/golden/old_runs")  # their configs name the text by this path
+EXPECTED = json.loads((ROOT / OLD / "expected.json").read_text())
+STEP = 8
+
+
+@pytest.fixture(params=EXPECTED)
+def old(request, tmp_path, monkeypatch):
+  """(name, a copy of the run)."""
+  monkeypatch.chdir(ROOT)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  run = tmp_path / request.param
+  shutil.copytree(OLD / request.param, run)
+  return request.param, run
+
+
+def test_a_run_goes_on_with_the_losses_it_had(old, lab):
+  name, run = old
+  done = lab.run(lab.train, "--config", run / "config.yaml", "--run.root", run.parent)
+  assert done.code == 0, done.err
+  assert f"resumed {run} after step {STEP}" in done.err
+  lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+  losses = {str(line["step"]): line["loss"] for line in lines if line["step"] > STEP}
+  expected = EXPECTED[name]["next_losses"]
+  assert losses.keys() == expected.keys()
+  for step, loss in expected.items():
+    assert losses[step] == pytest.approx(loss, abs=1e-6), step
+
+
+def test_a_state_comes_back_and_is_saved_again_bit_for_bit(old, tmp_path):
+  name, run = old
+  cfg = open_run(run)
+  data = prepare(cfg, lambda _: None)
+  recipe = make_recipe(cfg, data.layout, make_mesh({}, jax.devices()[:1]))
+  on_host = HostRows(recipe, data.layout, tmp_path) if name == "host" else None
+  with (
+    contextlib.nullcontext() if on_host is None else on_host,
+    Checkpoints(run / CHECKPOINTS, keep=None) as before,
+    Checkpoints(tmp_path / "again", keep=1) as after,
+  ):
+    state = saved.restore(before, STEP, recipe, data.layout, on_host)
+    saved.save(after, STEP, state, before.meta(STEP), on_host)
+    assert tree(before) == tree(after) == EXPECTED[name]["sha256"].keys()
+    for path, sha256 in EXPECTED[name]["sha256"].items():
+      assert hashlib.sha256(after.open_array(STEP, path).read().tobytes()).hexdigest() == sha256
+    for file in sorted(before.folder(STEP).glob("rows/*")):
+      assert file.read_bytes() == (after.folder(STEP) / "rows" / file.name).read_bytes()
+
+
+def tree(checkpoints: Checkpoints) -> set[str]:
+  return manifest.read(checkpoints.folder(STEP))["tree"].keys()
+
+
+def test_a_run_evaluates_to_what_it_did(old, lab):
+  name, run = old
+  done = lab.evaluation(run, "--tokens", 0, "--json")
+  assert done.code == 0, done.err
+  result = json.loads(done.out)
+  for memory, loss in EXPECTED[name]["evaluation"].items():
+    assert result[memory]["loss"] == pytest.approx(loss, abs=1e-6)
+
+
+def test_a_run_serves(old, quick):
+  _, run = old
+  opened = open_model(run, None, lambda _: None)
+  with contextlib.ExitStack() as stack:
+    source = opened.source(stack, Rows(placement="host"))
+    decoder = Decoder(opened.weights, source, 32)
+    (prompt,) = encode(opened.tokenizer, ["The row"])
+    expected = [int(t[0]) for t in continuations(decoder, [prompt], [Sampling()], 4)]
+    engine = stack.enter_context(Engine(decoder, opened.tokenizer, slots=2))
+    events: queue.SimpleQueue = queue.SimpleQueue()
+    engine.submit([Job(tuple(prompt), 4, Sampling())], lambda _, event: events.put(event))
+    tokens = []
+    while isinstance(event := events.get(timeout=300), Token):
+      tokens.append(event.id)
+    assert isinstance(event, Done)
+    assert tokens == expected
