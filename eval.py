@@ -26,12 +26,12 @@ from engram_jax.core.run_directory import CHECKPOINTS, TOKENIZER, open_run
 from engram_jax.data.pipeline import Prepared, prepare
 from engram_jax.data.tokenizer import read_tokenizer
 from engram_jax.errors import ConfigError
-from engram_jax.inference.generate import complete, make_next_logits
 from engram_jax.memory.compress import tokenizer_digest
+from engram_jax.memory.fingerprint import check_identity, identity
 from engram_jax.training.evaluate import evaluate, make_eval_step
 from engram_jax.training.host import saved
 from engram_jax.training.host.host_rows import HostRows
-from engram_jax.training.identity import check_identity, identity
+from engram_jax.training.sample import complete, make_next_logits
 from engram_jax.training.state import Recipe, TrainState, make_recipe, up_to_date
 
 

@@ -18,24 +18,23 @@ from engram_jax.cli import parse_config, run_command
 from engram_jax.config import Config
 from engram_jax.core import distributed
 from engram_jax.core.checkpoint import Checkpoints
-from engram_jax.core.mesh import batch_sharding, make_mesh
+from engram_jax.core.mesh import batch_sharding, make_mesh, process_rows, to_global
 from engram_jax.core.metrics import MetricsWriter
-from engram_jax.core.peak import matmul_peak
-from engram_jax.core.placement import process_rows, to_global
+from engram_jax.core.profiling import matmul_peak
 from engram_jax.core.run_directory import CHECKPOINTS, RunDirectory, check_config
 from engram_jax.core.signals import StopRequest
 from engram_jax.data.pipeline import Prepared, prepare
 from engram_jax.errors import EXIT_STOPPED, NonFiniteError
-from engram_jax.inference.generate import complete, make_next_logits
+from engram_jax.memory.fingerprint import check_identity, identity
 from engram_jax.model.counts import count, flops_per_token
 from engram_jax.model.lm import compute_dtype
 from engram_jax.training.evaluate import evaluate, make_eval_step
 from engram_jax.training.host import saved
 from engram_jax.training.host.host_rows import HostRows
-from engram_jax.training.identity import check_identity, identity
-from engram_jax.training.init_from import find_source
+from engram_jax.training.sample import complete, make_next_logits
 from engram_jax.training.state import init_state, laid_out, make_recipe, up_to_date
 from engram_jax.training.step import make_train_step
+from engram_jax.training.warm_start import find_source
 
 
 def main() -> int:

@@ -22,9 +22,9 @@ import numpy as np
 
 from engram_jax.config import load_config
 from engram_jax.data.pipeline import Pipeline, Prepared, prepare
-from engram_jax.inference.cache import HostCache
-from engram_jax.inference.cache_counts import count_ids, hot_ids
-from engram_jax.inference.store.host import HostRows
+from engram_jax.inference.stores.cache import HostCache
+from engram_jax.inference.stores.device_cache import count_ids, hot_ids
+from engram_jax.inference.stores.host import HostRows
 
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1)  # of a table's rows
 PLACE = 4 + 41  # bytes of a row of width 1 in a HostCache

@@ -29,8 +29,8 @@ from flax import nnx
 from engram_jax.commands.open_model import Opened, open_model
 from engram_jax.core.run_directory import TOKENIZER
 from engram_jax.data.tokenizer import read_tokenizer
-from engram_jax.inference.generate import row_ids
 from engram_jax.memory.table import lookup_reference
+from engram_jax.training.sample import row_ids
 
 LINES = "lines.jsonl"
 COMMON = """dataset_path: json

@@ -19,9 +19,9 @@ import jax
 from flax import nnx
 
 from engram_jax.config import EngramConfig
+from engram_jax.memory.dedup import expand, take_rows, unique_rows
 from engram_jax.memory.engram import Engram
 from engram_jax.memory.table import init_table, lookup
-from engram_jax.memory.unique import expand, take_rows, unique_rows
 
 WIDTH, BRANCHES, COLUMNS, ROW_WIDTH = 1024, 4, 16, 64
 TABLE_SIZES = (1, 4, 16)

@@ -33,7 +33,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from engram_jax.core.hlo import collectives
+from engram_jax.aot.collectives import collectives
 from engram_jax.core.mesh import make_mesh
 from engram_jax.memory.table import lookup, table_sharding
 from engram_jax.training.rows.adam import touched_row_adam

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engram_jax.model.dispatch import experts_for
+from engram_jax.model.expert_dispatch import experts_for
 
 NAMES = ("dense", "blocked", "ragged")
 

@@ -33,13 +33,12 @@ from flax import nnx
 from engram_jax.commands.open_model import Opened, open_model
 from engram_jax.config import EngramConfig
 from engram_jax.inference.decoder import Decoder, Weights
-from engram_jax.inference.prefetch import StoreRows
-from engram_jax.inference.rows_on_device import DeviceRows
-from engram_jax.inference.store.file import FileRows
-from engram_jax.inference.store.host import HostRows
-from engram_jax.inference.store.write import write_table_file
+from engram_jax.inference.row_sources import DeviceRows, StoreRows
+from engram_jax.inference.stores.file import FileRows
+from engram_jax.inference.stores.host import HostRows
+from engram_jax.inference.stores.write import write_table_file
 from engram_jax.model.lm import LM
-from engram_jax.model.moe import RouterBias
+from engram_jax.model.router import RouterBias
 
 SIDES = ("none", "device", "host_prefetched", "host_synchronous", "file_warm", "file_cold")
 RATIOS = {

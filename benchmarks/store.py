@@ -24,9 +24,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from engram_jax.inference.store.file import FileRows
-from engram_jax.inference.store.table_file import TableHeader
-from engram_jax.inference.store.write import write_table_file
+from engram_jax.inference.stores.file import FileRows
+from engram_jax.inference.stores.table_file import TableHeader
+from engram_jax.inference.stores.write import write_table_file
 from engram_jax.memory.codecs import KINDS, row_bytes
 from engram_jax.memory.dialects import HashLayout
 

@@ -69,8 +69,8 @@ def measure(kind: str, rows: str, repeats: int) -> dict:
   import numpy as np
   import optax
 
+  from engram_jax.memory.dedup import expand, take_rows, unique_rows
   from engram_jax.memory.table import init_table, lookup
-  from engram_jax.memory.unique import expand, take_rows, unique_rows
   from engram_jax.training.rows.adam import touched_row_adam
 
   rows = int(rows)

@@ -15,12 +15,12 @@ import tokenizers
 from speaker import V, make_speaker
 
 from engram_jax.inference.decoder import Decoder
-from engram_jax.inference.rows_on_device import DeviceRows
+from engram_jax.inference.row_sources import DeviceRows
 from engram_jax.inference.sampling import Sampling
-from engram_jax.inference.server.app import Service, make_app
-from engram_jax.inference.server.engine import Engine
-from engram_jax.inference.server.job import Done, Event, Failed, Job, Prompt, Token
-from engram_jax.inference.server.listen import Server
+from engram_jax.serve.api import Service, make_app
+from engram_jax.serve.engine import Engine
+from engram_jax.serve.request import Done, Event, Failed, Job, Prompt, Token
+from engram_jax.serve.server import Server
 
 END = "<|endoftext|>"
 # Byte-level: Ġ is a space, Ċ a newline, Ã and © the two bytes of é.

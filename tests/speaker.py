@@ -16,7 +16,7 @@ from engram_jax.memory.compress import TokenCompressor
 from engram_jax.memory.hashing import HashLayout, hash_ids_numpy
 from engram_jax.memory.table import init_table, lookup_reference
 from engram_jax.model.lm import LM
-from engram_jax.model.moe import RouterBias
+from engram_jax.model.router import RouterBias
 
 V = 60
 MODEL = {

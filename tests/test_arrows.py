@@ -14,26 +14,31 @@ PACKAGE = pathlib.Path(engram_jax.__file__).parent
 
 # What the modules of each room may import from, besides their own room.
 BASE = {"errors", "config"}
+MODEL = BASE | {"core", "memory", "tables"}
 MAY_IMPORT = {
+  "__init__": set(),
   "errors": set(),
   "config": {"errors"},
   "cli": BASE,
   "core": BASE,
   "memory": BASE | {"core"},
   "data": BASE | {"memory"},
-  "model": BASE | {"core", "memory"},
+  "tables": BASE | {"core", "memory"},
+  "model": MODEL,
+  "training": MODEL | {"model"},
+  "inference": MODEL | {"model", "data"},  # data: inference/load.py alone
+  "serve": MODEL | {"model", "inference"},
+  "analysis": MODEL | {"model", "inference"},
+  "interop": BASE | {"core", "memory"},
+  "aot": MODEL | {"model", "training"},
 }
-MAY_IMPORT |= {room: {*MAY_IMPORT["model"], "model"} for room in ("training", "inference")}
-MAY_IMPORT["analysis"] = MAY_IMPORT["training"]
-MAY_IMPORT["interop"] = BASE | {"core", "memory"}
-MAY_IMPORT["research"] = {*MAY_IMPORT["training"], "data", "training", "inference", "analysis"}
-MAY_IMPORT["commands"] = {*MAY_IMPORT["research"], "research", "interop", "cli"}
-MAY_IMPORT["__init__"] = set()
+COMMANDS = set(MAY_IMPORT) - {"__init__"}
+MAY_IMPORT["commands"] = COMMANDS
 MAY_IMPORT["__main__"] = {"cli", "commands"}
 
 # Modules that a process without jax (a data worker, a server's tokenizer) can import.
 WITHOUT_JAX = [
-  f"memory/{name}.py" for name in ("codecs", "compress", "dialects", "primes", "hashing")
+  f"memory/{name}.py" for name in ("codecs", "compress", "dialects", "hashing", "fingerprint")
 ]
 WITHOUT_JAX += [str(path.relative_to(PACKAGE)) for path in sorted((PACKAGE / "data").glob("*.py"))]
 
@@ -69,7 +74,7 @@ def test_imports_point_one_way(path):
 def test_the_numpy_half_imports_numpy_halves_only(path):
   inside = {name for name in imported(pathlib.Path(path)) if name.startswith("engram_jax.memory.")}
   modules = {name.split(".")[2] for name in inside}
-  assert modules <= {"compress", "dialects", "primes", "hashing", "hashing_jit"}
+  assert modules <= {"compress", "dialects", "hashing", "hashing_jit"}
 
 
 def test_package_files_are_docstrings_alone():

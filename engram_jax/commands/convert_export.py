@@ -19,9 +19,9 @@ from engram_jax.core.run_directory import CHECKPOINTS, open_run
 from engram_jax.core.run_directory import TOKENIZER as RUN_TOKENIZER
 from engram_jax.core.saved_arrays import SavedArray
 from engram_jax.data.tokenizer import read_tokenizer
-from engram_jax.interop import own as layout_of_runs
+from engram_jax.interop import engram_format as layout_of_runs
 from engram_jax.interop.folder import CONFIG, TOKENIZER
-from engram_jax.interop.tensor_file import NAMES, NUMPY
+from engram_jax.interop.safetensors import NAMES, NUMPY
 from engram_jax.interop.writer import (
   SHARD_BYTES,
   Source,
@@ -32,8 +32,8 @@ from engram_jax.interop.writer import (
   write_text,
 )
 from engram_jax.memory.compress import tokenizer_digest
+from engram_jax.memory.fingerprint import check_identity
 from engram_jax.memory.hashing import HashLayout
-from engram_jax.training.identity import check_identity
 from engram_jax.training.saved_rows import saved_rows
 from engram_jax.training.state import make_recipe, state_shapes
 

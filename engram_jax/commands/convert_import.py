@@ -23,9 +23,9 @@ from engram_jax.core.run_directory import CHECKPOINTS
 from engram_jax.core.run_directory import CONFIG as RUN_CONFIG
 from engram_jax.core.run_directory import TOKENIZER as RUN_TOKENIZER
 from engram_jax.errors import ConfigError
-from engram_jax.interop import own as layout_of_runs
+from engram_jax.interop import engram_format as layout_of_runs
 from engram_jax.interop.folder import CONFIG, TOKENIZER, Folder
-from engram_jax.interop.tensor_file import NAMES
+from engram_jax.interop.safetensors import NAMES
 from engram_jax.interop.writer import new_folder, ranges, write_text
 from engram_jax.memory.hashing import HashLayout
 from engram_jax.training.host.records import Records, records_of

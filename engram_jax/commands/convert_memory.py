@@ -14,7 +14,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from engram_jax.interop import deepseek_write, qwen_write
+from engram_jax.interop import deepseek as deepseek_write
+from engram_jax.interop import qwen as qwen_write
 from engram_jax.interop.folder import CONFIG, TOKENIZER, Folder
 from engram_jax.interop.reader import open_memory
 from engram_jax.interop.writer import (

@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from engram_jax.inference.store.write import require_new, write_table_file
+from engram_jax.inference.stores.write import require_new, write_table_file
 from engram_jax.interop.reader import MemoryReader
 from engram_jax.memory.codecs import Kind
 

@@ -15,9 +15,9 @@ from engram_jax.commands.open_model import chosen_step, table_source
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.run_directory import CHECKPOINTS, open_run
 from engram_jax.errors import ConfigError
-from engram_jax.inference.store.file import FileRows
-from engram_jax.inference.store.table_file import TableHeader
-from engram_jax.inference.store.write import require_new, write_table_file
+from engram_jax.inference.stores.file import FileRows
+from engram_jax.inference.stores.table_file import TableHeader
+from engram_jax.inference.stores.write import require_new, write_table_file
 from engram_jax.memory.codecs import Kind
 from engram_jax.memory.hashing import HashLayout
 from engram_jax.training.saved_rows import saved_rows

@@ -16,7 +16,7 @@ from engram_jax.commands.open_model import LONGEST_CONTEXT, Opened, Rows, check_
 from engram_jax.errors import ConfigError
 from engram_jax.inference.completion import Completion, complete, encode
 from engram_jax.inference.decoder import Decoder
-from engram_jax.inference.prefetch import StoreRows
+from engram_jax.inference.row_sources import StoreRows
 from engram_jax.inference.sampling import Sampling
 
 MOST_GUESSES = 64  # beyond a few there is nothing to gain

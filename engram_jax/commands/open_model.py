@@ -21,21 +21,19 @@ from engram_jax.core.run_directory import CHECKPOINTS, TOKENIZER, open_run
 from engram_jax.data.pipeline import Prepared, prepare
 from engram_jax.data.tokenizer import end_of_text_id, read_tokenizer
 from engram_jax.errors import ConfigError
-from engram_jax.inference.cache import HostCache
-from engram_jax.inference.cache_counts import IdCounts, count_ids, hot_ids
-from engram_jax.inference.cache_device import DeviceCache
 from engram_jax.inference.decoder import RowSource, Weights
-from engram_jax.inference.prefetch import StoreRows
-from engram_jax.inference.rows_on_device import DeviceRows
+from engram_jax.inference.row_sources import DeviceRows, StoreRows
 from engram_jax.inference.state import empty_state
-from engram_jax.inference.store.file import FileRows
-from engram_jax.inference.store.host import HostRows
+from engram_jax.inference.stores.cache import HostCache
+from engram_jax.inference.stores.device_cache import DeviceCache, IdCounts, count_ids, hot_ids
+from engram_jax.inference.stores.file import FileRows
+from engram_jax.inference.stores.host import HostRows
 from engram_jax.memory.compress import TokenCompressor, tokenizer_digest
+from engram_jax.memory.fingerprint import check_identity
 from engram_jax.memory.hashing import HashLayout
 from engram_jax.memory.table import padded_rows
 from engram_jax.model.lm import LM
-from engram_jax.model.moe import RouterBias
-from engram_jax.training.identity import check_identity
+from engram_jax.model.router import RouterBias
 from engram_jax.training.saved_rows import saved_rows
 
 Placement = Literal["device", "host", "file"]

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from engram_jax.aot.topology import Topology, topology
 from engram_jax.cli import parse_config
 from engram_jax.config import Config
-from engram_jax.core.topology import Topology, topology
 from engram_jax.errors import ConfigError
 from engram_jax.memory.dialects import HashLayout
 from engram_jax.model.counts import Counts, count, flops_per_token, table_layout
@@ -168,8 +168,7 @@ def compiled_plan(cfg: Config, wanted: Topology, effort: str, code: bool) -> dic
   """What the TPU compiler says of the real train step; see `compile_report`."""
   cfg.mesh_sizes(wanted.devices)
   os.environ["JAX_PLATFORMS"] = "cpu"  # a TPU that is here belongs to whoever trains on it
-  from engram_jax.commands.plan_compile import compile_report
-  from engram_jax.training.lowering import lower_train_step
+  from engram_jax.aot.report import compile_report, lower_train_step
 
   return compile_report(lower_train_step, cfg, wanted, effort, code)
 

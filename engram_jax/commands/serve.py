@@ -155,11 +155,10 @@ def _serve(
   say: Any,
 ) -> int:
   # Here, not above: the other commands do without the extra.
-  from engram_jax.inference.server.app import LOOPBACK, Service, make_app
-  from engram_jax.inference.server.engine import Engine
-  from engram_jax.inference.server.listen import Server
-  from engram_jax.inference.server.warm import warm
-  from engram_jax.inference.server.words import Words
+  from engram_jax.serve.api import LOOPBACK, Service, make_app
+  from engram_jax.serve.engine import Engine
+  from engram_jax.serve.prompts import Words
+  from engram_jax.serve.server import Server, warm
 
   words = Words(opened.tokenizer, template, names)
   end = opened.tokenizer.token_to_id(names.get("eos_token", ""))

@@ -7,7 +7,7 @@ experiment. Keys that are not known are refused with the nearest known one; cont
 refused with both numbers. Loading a config runs no code and touches no device.
 """
 
-from engram_jax.config.files import build, explain, fields, load_config, nearest
+from engram_jax.config.load import build, explain, fields, load_config, nearest
 from engram_jax.config.model import (
   AttentionConfig,
   EngramConfig,
@@ -18,6 +18,7 @@ from engram_jax.config.model import (
 )
 from engram_jax.config.run import (
   FILE_SOURCES,
+  Config,
   DataConfig,
   DistributedConfig,
   MeshConfig,
@@ -26,7 +27,6 @@ from engram_jax.config.run import (
   ScheduleConfig,
   TrainConfig,
 )
-from engram_jax.config.schema import Config
 
 __all__ = [
   "FILE_SOURCES",

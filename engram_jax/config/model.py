@@ -1,14 +1,27 @@
-"""The model's sections: memory, attention, experts, residual branches.
-
-Letters (the package docstring has them all): D width, G residual branches, N largest n-gram order,
-K heads per order, J = (N-1) K columns, C row width, M = J C memory width, V vocabulary.
-"""
+"""What every section of a config is made of."""
 
 from typing import Annotated, Any, Literal
 
+import pydantic
 from pydantic import Field, model_validator
 
-from engram_jax.config.base import MAX_ROWS, Count, Frozen, Positive, Rate, require
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+MAX_ROWS = 2**31 - 1  # row ids are int32, offsets included
+
+
+class Frozen(pydantic.BaseModel):
+  model_config = pydantic.ConfigDict(
+    frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+  )
+
+
+def require(ok: bool, message: str) -> None:
+  if not ok:
+    raise ValueError(message)
 
 
 class EngramConfig(Frozen):

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.config import DistributedConfig
-from engram_jax.core.roll_call import roll_call
+from engram_jax.core.rendezvous import roll_call
 from engram_jax.errors import ConfigError, DataError, StorageError
 
 _TOLD = (ConfigError, DataError, StorageError, ValueError)  # raised alike in every process

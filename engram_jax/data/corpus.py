@@ -1,12 +1,7 @@
-"""Token ids on disk: one long array per split, documents one after another in hash order.
+"""Exact duplicates out, and each document to training or validation by the hash of its text.
 
-Neighbours in a window are thus unrelated, whatever order the files had. Every document ends with
-the end-of-text token. The arrays are memory-mapped: opening a corpus reads none of it.
-
-  FOLDER/meta.json                         source names
-  FOLDER/{training,validation}/tokens.npy  uint16 or uint32 [n]
-                              /offsets.npy int64 [documents + 1], rising, from 0 to n
-                              /sources.npy int32 [documents], index into the source names
+The hash decides, not the order or the file: adding documents moves none of the others, and a text
+that occurs twice can never stand on both sides.
 """
 
 import dataclasses
@@ -18,16 +13,62 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, Self
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 import tokenizers
 
 from engram_jax.config import DataConfig
 from engram_jax.data.download import Log
-from engram_jax.data.split import Hashed, check_split, is_validation
+from engram_jax.data.files import Document
 from engram_jax.data.tokenizer import vocabulary_size
-from engram_jax.errors import StorageError
+from engram_jax.errors import ConfigError, StorageError
+
+
+class Hashed(NamedTuple):
+  key: int  # 64 bits of the text's hash: decides the split, and the order within it
+  source: str
+  text: str
+
+
+def unique(documents: Iterable[Document]) -> Iterator[Hashed]:
+  """Documents that hold text, the first of each set of equal ones."""
+  seen: set[bytes] = set()
+  for source, text in documents:
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    if text.strip() and digest not in seen:
+      seen.add(digest)
+      yield Hashed(int.from_bytes(digest[:8], "big"), source, text)
+
+
+def is_validation(key: int, fraction: float) -> bool:
+  """Whether the document with this key is held out; `fraction` of all keys are."""
+  return key < fraction * 2**64
+
+
+def training_texts(documents: Iterable[Hashed], cfg: DataConfig) -> Iterator[str]:
+  """The texts a tokenizer may learn from. At the end, the split has passed `check_split`."""
+  counts = [0, 0]
+  for document in documents:
+    held_out = is_validation(document.key, cfg.validation_fraction)
+    counts[held_out] += 1
+    if not held_out:
+      yield document.text
+  check_split(counts[0], counts[1], cfg)
+
+
+def check_split(training: int, validation: int, cfg: DataConfig) -> None:
+  """ConfigError where one side has no documents."""
+  where = f"data.source={cfg.source!r}" + (f" at {cfg.path!r}" if cfg.path else "")
+  if training + validation == 0:
+    raise ConfigError(f"{where}: an empty corpus, no document with any text")
+  if training == 0 or validation == 0:
+    raise ConfigError(
+      f"{where}: data.validation_fraction={cfg.validation_fraction} leaves {training} documents "
+      f"for training and {validation} for validation (the hash of each text decides): "
+      f"both need one; change the fraction or give more documents"
+    )
+
 
 FORMAT = 1  # raise when the files or the split change: older ones are then passed over
 CHUNK_CHARACTERS = 1 << 20  # encoded at once

@@ -26,10 +26,9 @@ import tokenizers
 
 from engram_jax.config import Config
 from engram_jax.data import sources, tokenizer
-from engram_jax.data.corpus import FORMAT, Corpus, open_or_build
+from engram_jax.data.corpus import FORMAT, Corpus, Hashed, open_or_build, training_texts, unique
 from engram_jax.data.download import Log, cache_dir
-from engram_jax.data.split import Hashed, training_texts, unique
-from engram_jax.data.windows import Batch, RowIds, Share, Windows
+from engram_jax.data.packing import Batch, RowIds, Share, Windows
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.memory.compress import TokenCompressor, tokenizer_digest
 from engram_jax.memory.dialects import HashLayout

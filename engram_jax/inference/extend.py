@@ -16,10 +16,9 @@ from flax import nnx
 
 from engram_jax.config import ModelConfig
 from engram_jax.inference.state import DecodeState, Trail, window
-from engram_jax.memory import engram_cache
-from engram_jax.memory.engram_cache import Columns
+from engram_jax.memory.engram import ConvCache
 from engram_jax.model.lm import LM
-from engram_jax.model.mla_cache import LatentCache, attend_cached
+from engram_jax.model.mla import LatentCache, attend_cached
 
 Rows = Callable[[int, jax.Array], jax.Array]
 
@@ -123,13 +122,13 @@ def _stage(merge: Callable[..., LM], start: int, stop: int) -> Callable[..., tup
     places_BT: jax.Array,
     count_B: jax.Array,
     rows: jax.Array | None,
-    past: Columns | None,
+    past: ConvCache | None,
     caches: Sequence[LatentCache],
   ) -> tuple:
     model, new, wide, gates = merge(params, biases), [], [], []
 
     def recall(x_BTGD):  # only the stage's first block has a memory
-      delta, probes, columns = engram_cache.extend(model.blocks[start].engram, x_BTGD, rows, past)
+      delta, probes, columns = model.blocks[start].engram.extend(x_BTGD, rows, past)
       wide.append(columns)
       return delta, probes
 
@@ -144,7 +143,8 @@ def _stage(merge: Callable[..., LM], start: int, stop: int) -> Callable[..., tup
       x_BTGD, probes = block.around(x_BTGD, recall, attend)
       gates += [probes["gate"]] if "gate" in probes else []
     kept = [
-      Columns(*(window(x, count_B, p.shape[1]) for x, p in zip(w, past, strict=True))) for w in wide
+      ConvCache(*(window(x, count_B, p.shape[1]) for x, p in zip(w, past, strict=True)))
+      for w in wide
     ]
     return x_BTGD, new, (kept, wide, gates)
 

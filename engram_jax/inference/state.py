@@ -12,21 +12,21 @@ import jax.numpy as jnp
 
 from engram_jax.config import ModelConfig
 from engram_jax.core.mesh import platform
-from engram_jax.memory.engram_cache import Columns, no_columns
+from engram_jax.memory.engram import ConvCache
 from engram_jax.memory.hashing import HashLayout
 from engram_jax.model.lm import compute_dtype
-from engram_jax.model.mla_cache import LatentCache, empty_cache
+from engram_jax.model.mla import LatentCache, empty_cache
 
 
 class DecodeState(NamedTuple):
   """length_B: int32 tokens held. caches: one LatentCache a block. history_BH: the last N-1
   canonical ids, newest last, the pad id before the start ([B, 0] without a memory). columns: one
-  `Columns` a memory."""
+  `ConvCache` a memory."""
 
   length_B: jax.Array
   caches: tuple[LatentCache, ...]
   history_BH: jax.Array
-  columns: tuple[Columns, ...]
+  columns: tuple[ConvCache, ...]
 
   @property
   def capacity(self) -> int:
@@ -41,7 +41,7 @@ class Trail(NamedTuple):
 
   length_B: jax.Array
   history_BX: jax.Array
-  columns: tuple[Columns, ...]
+  columns: tuple[ConvCache, ...]
 
 
 def empty_state(
@@ -50,12 +50,12 @@ def empty_state(
   """`batch` requests that hold nothing, with room for `capacity` tokens each."""
   dtype = compute_dtype(cfg.dtype, platform(None))
   H, pad = (layout.max_ngram - 1, layout.pad_id) if layout else (0, 0)
-  branches = cfg.residual.branches
+  one_memory = lambda: ConvCache.empty(cfg.engram, batch, cfg.residual.branches, cfg.width)
   return DecodeState(
     length_B=jnp.zeros(batch, jnp.int32),
     caches=tuple(empty_cache(cfg.attention, batch, capacity, dtype) for _ in range(cfg.layers)),
     history_BH=jnp.full((batch, H), pad, jnp.int32),
-    columns=tuple(no_columns(cfg.engram, batch, branches, cfg.width) for _ in cfg.engram.layers),
+    columns=tuple(one_memory() for _ in cfg.engram.layers),
   )
 
 
@@ -66,7 +66,7 @@ def rewind(state: DecodeState, trail: Trail, count_B: jax.Array) -> DecodeState:
   """
   H = state.history_BH.shape[1]
   columns = tuple(
-    Columns(*(window(wide, count_B, past.shape[1]) for wide, past in zip(t, s, strict=True)))
+    ConvCache(*(window(wide, count_B, past.shape[1]) for wide, past in zip(t, s, strict=True)))
     for t, s in zip(trail.columns, state.columns, strict=True)
   )
   return DecodeState(

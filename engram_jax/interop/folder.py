@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from engram_jax.errors import ConfigError, StorageError
-from engram_jax.interop.tensor_file import Tensor, TensorFile, parse_object
+from engram_jax.interop.safetensors import Tensor, TensorFile, parse_object
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"

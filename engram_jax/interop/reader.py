@@ -19,7 +19,8 @@ import numpy as np
 from flax import nnx
 
 from engram_jax.errors import ConfigError
-from engram_jax.interop import deepseek, own, qwen
+from engram_jax.interop import deepseek, qwen
+from engram_jax.interop import engram_format as own
 from engram_jax.interop.folder import Folder
 from engram_jax.interop.memory import Memory
 from engram_jax.memory.engram import Engram

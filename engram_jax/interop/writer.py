@@ -22,7 +22,7 @@ import safetensors
 from engram_jax.core.manifest import sync_directory
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.interop.folder import INDEX
-from engram_jax.interop.tensor_file import BITS, MAX_HEADER_BYTES, NUMPY
+from engram_jax.interop.safetensors import BITS, MAX_HEADER_BYTES, NUMPY
 
 SHARD_BYTES = 5_000_000_000
 SLICE_BYTES = 64 << 20

@@ -17,12 +17,10 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
-
-from engram_jax.memory.primes import primes_from
 
 DIALECTS = ("engram", "deepseek_v41", "qwen_ple")
 MAX_ROWS = 2**31 - 1  # row ids are int32, offsets included
@@ -215,3 +213,39 @@ def _splitmix64(state: int) -> int:
   z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
   z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK_64
   return z ^ (z >> 31)
+
+
+# With these bases Miller-Rabin is a proof below 3,215,031,751 (Jaeschke 1993); we stay below 2^31.
+BASES = (2, 3, 5, 7)
+
+
+def is_prime(n: int) -> bool:
+  """Whether n is prime, for 0 <= n < 2^31."""
+  if n < 2:
+    return False
+  for base in BASES:
+    if n % base == 0:
+      return n == base
+  shift = ((n - 1) & -(n - 1)).bit_length() - 1
+  return all(_passes(n, base, shift) for base in BASES)
+
+
+def _passes(n: int, base: int, shift: int) -> bool:
+  """One Miller-Rabin round: n - 1 = odd * 2^shift."""
+  x = pow(base, (n - 1) >> shift, n)
+  if x in (1, n - 1):
+    return True
+  for _ in range(shift - 1):
+    x = x * x % n
+    if x == n - 1:
+      return True
+  return False
+
+
+def primes_from(start: int) -> Iterator[int]:
+  """The primes >= start, rising."""
+  n = max(start, 2)
+  while True:
+    if is_prime(n):
+      yield n
+    n += 1

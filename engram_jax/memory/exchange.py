@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from engram_jax.memory.unique import FILL, UniqueRows, unique_rows
+from engram_jax.memory.dedup import FILL, UniqueRows, unique_rows
 
 SPARE = 16  # a further round has 1 / SPARE of the slots, but at least 8
 

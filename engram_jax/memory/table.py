@@ -15,6 +15,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.core.mesh import platform
+from engram_jax.memory.dedup import FILL, expand
 from engram_jax.memory.exchange import (
   Round,
   Shards,
@@ -25,7 +26,6 @@ from engram_jax.memory.exchange import (
   shards,
   wanted,
 )
-from engram_jax.memory.unique import FILL, expand
 
 PAD_MULTIPLE = 1024
 MAX_ROWS = 2**31 - 1  # row ids are int32

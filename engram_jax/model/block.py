@@ -9,10 +9,9 @@ from jax.sharding import Mesh
 
 from engram_jax.config import ModelConfig
 from engram_jax.memory.engram import Engram
-from engram_jax.model.ffn import FeedForward
 from engram_jax.model.mhc import HyperConnection
 from engram_jax.model.mla import LatentAttention
-from engram_jax.model.moe import MoE
+from engram_jax.model.moe import FeedForward, MoE
 
 
 class Block(nnx.Module):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from engram_jax.config import ResidualConfig
-from engram_jax.model.norm import rms_norm
+from engram_jax.model.layers import rms_norm
 
 _OFF_DIAGONAL = -4.0  # of b_res at the start: exp(-4) is 2 % of what a stream keeps of itself
 

@@ -1,10 +1,4 @@
-"""DeepSeekMoE: shared experts that see every token, routed experts chosen per token.
-
-Scores are sigmoids; the top-k of score + bias are chosen, and weighted by their scores without the
-bias (arXiv 2401.06066, 2412.19437). The bias balances the load without a loss term and therefore
-without a gradient: after each step it moves by a fixed amount against an expert's load
-(arXiv 2408.15664).
-"""
+"""The router of a mixture of experts: who computes a token, and how much each counts."""
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +7,31 @@ from jax.sharding import Mesh
 
 from engram_jax.config import MoEConfig
 from engram_jax.core.mesh import platform
-from engram_jax.model.dispatch import experts_for
-from engram_jax.model.dispatch_parallel import routed_experts
-from engram_jax.model.ffn import FeedForward
-from engram_jax.model.routing import expert_load, route
+from engram_jax.model.expert_dispatch import experts_for
+from engram_jax.model.expert_parallel import routed_experts
+from engram_jax.model.router import RouterBias, expert_load, route
 from engram_jax.model.sharding import expert_specs, spread
 
 
-class RouterBias(nnx.Variable):
-  """The balancing bias [E] of a router: state that the step moves, never trained by gradient."""
+class FeedForward(nnx.Module):
+  """SwiGLU (arXiv 2002.05202): `(silu(x w_gate) * (x w_up)) w_down`, without biases.
 
+  Parameters, float32, normal with standard deviation `std`: w_gate [D, F], w_up [D, F],
+  w_down [F, D].
+  """
 
-def updated_bias(bias_E: jax.Array, load_E: jax.Array, step_size: float) -> jax.Array:
-  """Loss-free balancing: `bias + step_size * sign(mean load - load)` (arXiv 2408.15664, alg. 1)."""
-  return bias_E + step_size * jnp.sign(jnp.mean(load_E) - load_E)
+  def __init__(self, width: int, hidden: int, std: float, *, rngs: nnx.Rngs):
+    normal = nnx.initializers.normal(std)
+    self.w_gate = nnx.Param(normal(rngs.params(), (width, hidden), jnp.float32))
+    self.w_up = nnx.Param(normal(rngs.params(), (width, hidden), jnp.float32))
+    self.w_down = nnx.Param(normal(rngs.params(), (hidden, width), jnp.float32))
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    """[..., D] -> [..., D], computed in the dtype of `x_BTD`."""
+    w_gate, w_up, w_down = (
+      w[...].astype(x_BTD.dtype) for w in (self.w_gate, self.w_up, self.w_down)
+    )
+    return (jax.nn.silu(x_BTD @ w_gate) * (x_BTD @ w_up)) @ w_down
 
 
 class MoE(nnx.Module):

@@ -14,7 +14,7 @@ from engram_jax.core.rules import state_shardings
 from engram_jax.memory.hashing import HashLayout
 from engram_jax.memory.table import by_rows, init_table
 from engram_jax.model.lm import LM, compute_dtype
-from engram_jax.model.moe import RouterBias
+from engram_jax.model.router import RouterBias
 from engram_jax.model.sharding import param_shardings
 from engram_jax.training.optimizer import backbone_optimizer
 from engram_jax.training.rows.choose import row_optimizer

@@ -20,8 +20,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from engram_jax.core.mesh import BATCH_AXES
 from engram_jax.memory import exchange
+from engram_jax.memory.dedup import expand, take_rows, unique_rows
 from engram_jax.memory.exchange import Round, Shards, Wanted
-from engram_jax.memory.unique import expand, take_rows, unique_rows
 from engram_jax.training.rows.form import TouchedRows
 
 Arrays = tuple[jax.Array, ...]

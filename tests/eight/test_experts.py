@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding
 
 from engram_jax.config import MoEConfig
 from engram_jax.core.mesh import batch_sharding, make_mesh
-from engram_jax.model.dispatch import dense_experts
-from engram_jax.model.dispatch_parallel import capacity, routed_experts
-from engram_jax.model.routing import expert_load, route
+from engram_jax.model.expert_dispatch import dense_experts
+from engram_jax.model.expert_parallel import capacity, routed_experts
+from engram_jax.model.router import expert_load, route
 from engram_jax.model.sharding import expert_specs
 
 B, T, D, F, E, K = 8, 9, 4, 8, 8, 2

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from engram_jax.core.hlo import collectives, compile_with_text
+from engram_jax.aot.collectives import collectives, compile_with_text
 from engram_jax.core.mesh import BATCH_AXES, make_mesh
 from engram_jax.model.sharding import param_shardings
 from engram_jax.training.loss import cross_entropy_on

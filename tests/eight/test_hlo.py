@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from engram_jax.core import hlo
-from engram_jax.core.hlo_text import Array
+from engram_jax.aot import collectives as hlo
+from engram_jax.aot.hlo_text import Array
 from engram_jax.core.mesh import make_mesh
 
 N = 8

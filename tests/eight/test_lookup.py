@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from engram_jax.core.hlo import collectives, has_array_with_rows, makers
+from engram_jax.aot.collectives import collectives, has_array_with_rows, makers
 from engram_jax.core.mesh import make_mesh
 from engram_jax.memory import exchange
 from engram_jax.memory.table import lookup, lookup_reference, padded_rows, table_sharding

@@ -6,12 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from engram_jax.aot.collectives import collectives, has_array_with_rows
+from engram_jax.aot.report import lower_train_step
 from engram_jax.config import load_config
-from engram_jax.core.hlo import collectives, has_array_with_rows
-from engram_jax.core.mesh import make_mesh
-from engram_jax.core.placement import to_global
+from engram_jax.core.mesh import make_mesh, to_global
 from engram_jax.model.counts import table_layout
-from engram_jax.training.lowering import lower_train_step
 from engram_jax.training.state import init_state, make_recipe
 from engram_jax.training.step import make_train_step
 

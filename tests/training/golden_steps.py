@@ -88,8 +88,7 @@ def run(table: str, placement: str) -> dict[str, list[float]]:
   import jax
 
   from engram_jax.config import load_config
-  from engram_jax.core.mesh import make_mesh
-  from engram_jax.core.placement import to_global
+  from engram_jax.core.mesh import make_mesh, to_global
   from engram_jax.model.counts import table_layout
   from engram_jax.training.host.host_rows import HostRows
   from engram_jax.training.state import init_state, make_recipe

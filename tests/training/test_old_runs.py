@@ -19,8 +19,8 @@ from engram_jax.data.pipeline import prepare
 from engram_jax.inference.completion import encode
 from engram_jax.inference.decoder import Decoder, continuations
 from engram_jax.inference.sampling import Sampling
-from engram_jax.inference.server.engine import Engine
-from engram_jax.inference.server.job import Done, Job, Token
+from engram_jax.serve.engine import Engine
+from engram_jax.serve.request import Done, Job, Token
 from engram_jax.training.host import saved
 from engram_jax.training.host.host_rows import HostRows
 from engram_jax.training.state import make_recipe

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from engram_jax.memory.dedup import FILL, take_rows
 from engram_jax.memory.table import draw_rows
-from engram_jax.memory.unique import FILL, take_rows
 from engram_jax.training.rows.form import TouchedRows
 from engram_jax.training.state import Recipe, TrainState
 from engram_jax.training.step import Batch, train_step

@@ -1,0 +1,106 @@
+"""TPU slices that are not here: their devices to compile for, their memory and speed.
+
+The TPU compiler (libtpu) needs no TPU. A name is GENERATION:SHAPE in chips, as in Cloud TPU's
+`--topology`: v5p:4x4x8 is 128 chips.
+"""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from engram_jax.aot.hlo_cost import Rates
+from engram_jax.errors import ConfigError
+
+GiB = 2**30
+SHAPES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SHAPES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+# libtpu asks a metadata server, looks for this machine's place in a slice, and takes a lock that
+# one process may hold: nothing that a compiler without chips has a use for.
+ENVIRONMENT = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5p-8",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+class Generation(NamedTuple):
+  hbm_bytes: int
+  """Of one device, as the compiler lets a program use it (a little is kept back)."""
+  peak_flops: float
+  """bf16 FLOP/s of one device, as published."""
+  rates: Rates
+  """Behind the compiler's `optimal_seconds`: of one matrix product of 8,192 x 8,192, and of adding
+  one to such an array."""
+  shapes: tuple[str, ...]
+  """In chips: the slices that can be had. The compiler takes others too."""
+  devices_per_chip: int = 1
+  options: Mapping[str, Any] = {}
+
+
+MEGACORE = {"chip_config_name": "megacore"}  # one device a chip, as JAX has it on a v4
+SHAPES_V5P = (*SHAPES_3D, "8x16x16", "16x16x16", "16x16x24")
+GENERATIONS = {
+  "v4": Generation(
+    int(30.75 * GiB), 275e12, Rates(241.2e12, 0.9825e12), SHAPES_3D, options=MEGACORE
+  ),
+  "v5e": Generation(int(15.75 * GiB), 197e12, Rates(197e12, 0.7377e12), SHAPES_2D),
+  "v5p": Generation(int(95.73 * GiB), 459e12, Rates(394e12, 2.3504e12), SHAPES_V5P),
+  "v6e": Generation(int(31.24 * GiB), 918e12, Rates(918e12, 1.638e12), SHAPES_2D),
+  "tpu7x": Generation(
+    int(94.74 * GiB), 1153.5e12, Rates(996e12, 3.686e12), SHAPES_3D, devices_per_chip=2
+  ),
+}
+
+
+class Topology(NamedTuple):
+  name: str
+  generation: Generation
+  devices: int
+
+
+def topology(name: str) -> Topology:
+  """What a name says, by arithmetic, without the compiler. ConfigError for a name it cannot be."""
+  kind, _, shape = name.partition(":")
+  generation = GENERATIONS.get(kind)
+  if generation is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
+    raise ConfigError(f"topology {name!r} is none of the known ones: {known()}")
+  sides = [int(side) for side in shape.split("x")]
+  if len(sides) != generation.shapes[0].count("x") + 1:
+    raise ConfigError(
+      f"topology {name!r} has {len(sides)} dimensions: {kind} comes as "
+      f"{', '.join(generation.shapes)}"
+    )
+  return Topology(name, generation, math.prod(sides) * generation.devices_per_chip)
+
+
+def known() -> str:
+  """Every topology that can be had, one generation after the other."""
+  return "; ".join(
+    f"{kind}:{{{','.join(generation.shapes)}}}" for kind, generation in GENERATIONS.items()
+  )
+
+
+def abstract_devices(wanted: Topology) -> list:
+  """The slice's devices, to compile for: `jax.Device`s that hold no array.
+
+  Changes the process's environment (ENVIRONMENT, where unset) and loads libtpu, so it is for a
+  command that does nothing else. ConfigError without libtpu, or for a shape that it refuses.
+  """
+  import jax
+  from jax.experimental import topologies
+
+  for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+  try:
+    made = topologies.get_topology_desc(wanted.name, "tpu", **wanted.generation.options)
+  except RuntimeError as error:
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      raise ConfigError(f"topology {wanted.name!r}: the TPU compiler says {error}") from None
+    raise ConfigError(
+      f"topology {wanted.name!r} needs the TPU compiler: pip install 'engram_jax[tpu]'"
+    ) from None
+  assert len(made.devices) == wanted.devices, (wanted, len(made.devices))
+  return made.devices

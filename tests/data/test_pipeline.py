@@ -1,0 +1,361 @@
+"""Batches: a function of the step alone, every token once an epoch, rows equal to the hash of each
+window, nothing across documents that should not be."""
+
+import ast
+import contextlib
+import json
+import pathlib
+import pickle
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from engram_jax.config import Config, load_config
+from engram_jax.data import pipeline as data_pipeline
+from engram_jax.data.corpus import Corpus
+from engram_jax.data.packing import Windows
+from engram_jax.data.pipeline import Pipeline, Prepared, prepare
+from engram_jax.errors import ConfigError, StorageError
+from engram_jax.memory.hashing import hash_ids_numpy
+
+NAMES = ("tokens", "targets", "mask", "segments", "positions", "source")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+  """Two files of short documents of many lengths."""
+  root = tmp_path_factory.mktemp("run") / "corpus"
+  root.mkdir()
+  rng = np.random.default_rng(0)
+  words = [f"w{i}" for i in range(60)]
+  for name in ("books", "web"):
+    texts = [" ".join(rng.choice(words, rng.integers(1, 60))) for _ in range(80)]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (root / f"{name}.jsonl").write_text("\n".join(lines))
+  return root
+
+
+def config(folder: pathlib.Path, **overrides) -> Config:
+  settings = {
+    "data.source": "jsonl",
+    "data.path": str(folder),
+    "data.cache": str(folder.parent / "cache"),
+    "data.sequence_length": 16,
+    "data.validation_fraction": 0.2,
+    "model.vocab_size": 320,
+    "model.engram.layers": [1, 2],
+    "model.engram.heads": 2,
+    "model.engram.rows_per_head": 101,
+    "train.batch_size": 4,
+  }
+  return load_config(None, settings | overrides)
+
+
+def quiet(cfg: Config) -> Prepared:
+  return prepare(cfg, log=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def data(folder) -> Prepared:
+  return quiet(config(folder))
+
+
+def assert_equal(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
+  assert left.keys() == right.keys()
+  for name in left:
+    np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+def tiny_corpus(*documents: list[int]) -> Corpus:
+  offsets = np.cumsum([0, *map(len, documents)])
+  tokens = np.concatenate([np.array(d, np.uint16) for d in documents])
+  return Corpus(pathlib.Path("none"), tokens, offsets, np.arange(len(documents), dtype=np.int32))
+
+
+def test_a_window_by_hand():
+  windows = Windows(tiny_corpus([5, 6, 0], [7, 0], [8, 9, 4, 3, 0]), length=4, row_ids=None)
+  assert (len(windows), windows.with_tail) == (2, 3)
+  batch = windows(np.array([0, 1, 2]))
+  expected = {
+    "tokens": [[5, 6, 0, 7], [0, 8, 9, 4], [3, 0, 0, 0]],
+    "targets": [[6, 0, 7, 0], [8, 9, 4, 3], [0, 0, 0, 0]],
+    "mask": [[1, 1, 0, 1], [0, 1, 1, 1], [1, 0, 0, 0]],
+    "segments": [[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 0]],
+    "positions": [[0, 1, 2, 0], [0, 0, 1, 2], [0, 1, 2, 3]],
+    "source": [[0, 0, 0, 1], [1, 2, 2, 2], [2, 2, 2, 2]],
+  }
+  assert_equal(batch, {name: np.array(value) for name, value in expected.items()})
+  assert all(batch[name].dtype == (bool if name == "mask" else np.int32) for name in NAMES)
+
+
+def test_corpus_holds_every_document_once_and_ends_each(data, folder):
+  texts = {
+    json.loads(line)["text"]
+    for path in folder.glob("*.jsonl")
+    for line in path.read_text().splitlines()
+  }
+  found = []
+  for corpus in (data.training, data.validation):
+    for i in range(corpus.documents):
+      ids = corpus.tokens[corpus.offsets[i] : corpus.offsets[i + 1]].tolist()
+      assert ids.count(data.eos_id) == 1
+      assert ids[-1] == data.eos_id
+      found.append(data.tokenizer.decode(ids))
+  assert sorted(found) == sorted(texts)
+  assert data.sources == ("books", "web")
+  assert data.training.tokens.dtype == np.uint16
+  total = (
+    data.token_bytes[data.training.tokens].sum() + data.token_bytes[data.validation.tokens].sum()
+  )
+  assert total == sum(len(text.encode()) for text in texts)
+
+
+def test_rows_are_the_hash_of_each_window_alone(data):
+  batch = data.training_pipeline().batch_at(3)
+  for b in range(4):
+    ids_BT = data.compressor(batch["tokens"][b : b + 1])
+    for at, layer in enumerate((1, 2)):
+      hashed = hash_ids_numpy(data.layout, layer, ids_BT, batch["segments"][b : b + 1])
+      rows = hashed + np.array(data.layout.offsets[layer])
+      np.testing.assert_array_equal(batch["row_ids"][at, b : b + 1], rows)
+  assert batch["row_ids"].shape == (2, 4, 16, 4)
+  assert batch["row_ids"].dtype == np.int32
+  assert all(
+    batch["row_ids"][at].max() < data.layout.rows[layer] for at, layer in enumerate((1, 2))
+  )
+
+
+def test_rows_cross_documents_only_when_told_to(data, folder):
+  across = quiet(config(folder, **{"model.engram.reset_at_documents": False}))
+  assert across.layout == data.layout
+  inside, over = (d.training_pipeline().batch_at(0) for d in (data, across))
+  for name in NAMES:
+    np.testing.assert_array_equal(inside[name], over[name])
+  differs = (inside["row_ids"] != over["row_ids"]).any(axis=(0, 3))
+  near_start = (inside["segments"] > 0) & (inside["positions"] < 2)
+  assert differs.any()
+  assert not (differs & ~near_start).any()
+
+
+def test_without_a_memory_there_are_no_rows(folder):
+  data = quiet(config(folder, **{"model.engram.layers": []}))
+  assert data.layout is None
+  assert data.training_pipeline().batch_at(0).keys() == set(NAMES)
+
+
+def test_qwen_dialect_hashes_raw_ids(folder):
+  data = quiet(config(folder, **{"model.engram.dialect": "qwen_ple", "model.engram.pad_id": 0}))
+  np.testing.assert_array_equal(data.compressor.table, np.arange(320))
+  assert (data.layout.compressed_vocab, data.layout.pad_id) == (320, 0)
+
+
+def test_resuming_repeats_and_skips_nothing(data):
+  pipeline = data.training_pipeline()
+  start = 3 * pipeline.steps - 2
+  with contextlib.closing(pipeline.iterate(start)) as batches:
+    for step in range(start, start + 6):
+      assert_equal(next(batches), pipeline.batch_at(step))
+
+
+def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(data):
+  windows = data.training_pipeline().windows
+  pipeline = Pipeline(windows, batch_size=1, seed=0)
+  in_order = windows(np.arange(len(windows)))["tokens"]
+  epochs = [
+    np.concatenate(
+      [pipeline.batch_at(epoch * len(windows) + i)["tokens"] for i in range(len(windows))]
+    )
+    for epoch in range(2)
+  ]
+  for shown in epochs:
+    assert sorted(map(tuple, shown)) == sorted(map(tuple, in_order))
+  assert (epochs[0] != epochs[1]).any(axis=1).mean() > 0.9
+
+
+def test_seeds_do_not_share_orders(data):
+  windows = data.training_pipeline().windows
+  second_epoch, other_seed = (
+    [Pipeline(windows, 1, seed).batch_at(first + i)["tokens"] for i in range(20)]
+    for seed, first in ((0, len(windows)), (1, 0))
+  )
+  assert (np.array(second_epoch) != np.array(other_seed)).any(axis=(1, 2)).mean() > 0.8
+
+
+def test_threads_change_nothing(data):
+  windows = data.training_pipeline().windows
+  with contextlib.ExitStack() as stack:
+    one, four = (
+      stack.enter_context(contextlib.closing(Pipeline(windows, 4, 0, threads=n).iterate(5)))
+      for n in (1, 4)
+    )
+    for _ in range(8):
+      assert_equal(next(one), next(four))
+
+
+def test_workers_change_nothing(data):
+  windows = data.training_pipeline().windows
+  plain = Pipeline(windows, 4, 0)
+  with contextlib.closing(Pipeline(windows, 4, 0, workers=1).iterate(7)) as batches:
+    for step in range(7, 10):
+      batch = next(batches)
+      assert_equal(batch, plain.batch_at(step))
+      assert all(type(array) is np.ndarray for array in batch.values())
+
+
+@pytest.mark.parametrize("shares", [[slice(0, 2), slice(2, 4)], [[0, 3], [1], [2]], [[2, 0, 1, 3]]])
+def test_shares_of_a_batch_are_its_rows(data, shares):
+  pipeline = data.training_pipeline()
+  for rows in (rows if isinstance(rows, slice) else np.array(rows) for rows in shares):
+    with contextlib.closing(pipeline.iterate(5, rows)) as batches:
+      for step in (5, 6):
+        whole, part = pipeline.batch_at(step), next(batches)
+        expected = {k: x[:, rows] if k == "row_ids" else x[rows] for k, x in whole.items()}
+        assert_equal(part, expected)
+        assert_equal(pipeline.batch_at(step, rows), expected)
+
+
+def test_workers_make_shares_too(data):
+  windows, rows = data.training_pipeline().windows, np.array([1, 3])
+  with contextlib.closing(Pipeline(windows, 4, 0, workers=1).iterate(7, rows)) as batches:
+    assert_equal(next(batches), Pipeline(windows, 4, 0).batch_at(7, rows))
+
+
+def test_closing_leaves_no_thread(data):
+  before = set(threading.enumerate())
+  batches = data.training_pipeline().iterate()
+  next(batches)
+  assert set(threading.enumerate()) - before
+  batches.close()
+  for _ in range(100):
+    left = [t for t in set(threading.enumerate()) - before if t.name.startswith("grain-prefetch")]
+    if not left:
+      break
+    time.sleep(0.05)
+  assert not left
+
+
+def test_validation_shows_every_target_once(data):
+  pipeline = data.validation_pipeline()
+  batches = list(pipeline.iterate())
+  assert len(batches) == pipeline.steps
+  tokens, offsets = data.validation.tokens, data.validation.offsets
+  targets = np.concatenate([batch["targets"][batch["mask"]] for batch in batches])
+  first_of_each = np.delete(np.arange(len(tokens)), offsets[:-1])
+  np.testing.assert_array_equal(targets, tokens[first_of_each])
+  assert all(batch["tokens"].shape == (4, 16) for batch in batches)
+
+
+def test_a_second_start_reads_the_cache_alone(data, folder, monkeypatch):
+  def fail(*_):
+    raise AssertionError("the corpus was read again")
+
+  monkeypatch.setattr(data_pipeline.sources.files, "read_files", fail)
+  again = quiet(config(folder))
+  assert again.tokenizer_digest == data.tokenizer_digest
+  assert_equal(again.training_pipeline().batch_at(0), data.training_pipeline().batch_at(0))
+  corpora = list((folder.parent / "cache" / "corpora").iterdir())
+  assert not [path for path in corpora if path.name.startswith(".part-")]
+
+
+COLD = """
+import sys, time
+from engram_jax.config import load_config
+from engram_jax.data.pipeline import prepare
+
+cfg = load_config(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+data = prepare(cfg, log=lambda line: None)
+print(data.tokenizer_digest, data.training.digest, data.compressor.digest, data.training.path)
+"""
+
+
+def test_processes_that_fill_one_cache_at_once_get_the_same_data(folder, tmp_path):
+  cfg = config(folder, **{"data.cache": str(tmp_path / "cache")})
+  (tmp_path / "c.yaml").write_text(cfg.to_yaml())
+  command = [sys.executable, "-c", COLD, str(tmp_path / "c.yaml")]
+  pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+  root = pathlib.Path(data_pipeline.__file__).parents[2]
+  processes = [subprocess.Popen(command, **pipes, cwd=root) for _ in range(3)]
+  assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
+  for process in processes:
+    process.stdin.write("\n")
+    process.stdin.flush()
+  said = [process.communicate()[0] for process in processes]
+  assert len(set(said)) == 1
+  assert [process.returncode for process in processes] == [0] * 3
+  assert not [path for path in (tmp_path / "cache").rglob("*") if ".part-" in path.name]
+
+
+def test_the_order_of_files_and_lines_plays_no_part(data, folder, tmp_path):
+  lines = (folder / "web.jsonl").read_text().splitlines()
+  copy = tmp_path / "copy"
+  copy.mkdir()
+  (copy / "a.jsonl").write_text("\n".join(reversed(lines)))
+  (copy / "b.jsonl").write_text((folder / "books.jsonl").read_text())
+  other = quiet(config(copy))
+  assert other.tokenizer_digest == data.tokenizer_digest
+  np.testing.assert_array_equal(other.training.tokens, data.training.tokens)
+
+
+def test_corpus_pickles_as_its_path(data):
+  pickled = pickle.dumps(data.training)
+  assert len(pickled) < 1000
+  again = pickle.loads(pickled)
+  assert isinstance(again.tokens, np.memmap)
+  np.testing.assert_array_equal(again.tokens, data.training.tokens)
+
+
+def test_a_damaged_token_file_is_named(folder, tmp_path):
+  data = quiet(config(folder, **{"data.cache": str(tmp_path)}))
+  path = data.training.path / "tokens.npy"
+  path.write_bytes(path.read_bytes()[:-10])
+  with pytest.raises(StorageError, match=r"damaged token file.*delete"):
+    quiet(config(folder, **{"data.cache": str(tmp_path)}))
+
+
+@pytest.mark.parametrize(
+  ("overrides", "says"),
+  [
+    ({"train.batch_size": 4096}, r"windows of data\.sequence_length=16, fewer than .*=4096"),
+    ({"data.sequence_length": 1 << 20}, "0 windows"),
+    (
+      {"model.vocab_size": 4096, "model.engram.pad_id": 4095},
+      "pad_id=4095 is outside the tokenizer's",
+    ),
+    (
+      {"model.engram.heads": 1, "model.engram.rows_per_head": [2**30, 2**30 - 1]},
+      "model.engram: .*no int32 row ids",
+    ),
+  ],
+)
+def test_what_does_not_fit_is_refused(folder, overrides, says):
+  with pytest.raises(ConfigError, match=says):
+    quiet(config(folder, **overrides)).training_pipeline()
+
+
+def test_empty_corpus_and_one_document_are_refused_and_leave_nothing(tmp_path):
+  path = tmp_path / "x.jsonl"
+  path.write_text("\n")
+  with pytest.raises(ConfigError, match="empty corpus"):
+    quiet(config(path))
+  path.write_text('{"text": "only one"}')
+  with pytest.raises(ConfigError, match="both need one"):
+    quiet(config(path))
+  assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_data_imports_no_jax():
+  folder = pathlib.Path(data_pipeline.__file__).parent
+  for path in folder.glob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text())):
+      names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+      names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+      assert not [name for name in names if name.split(".")[0] in ("jax", "flax")], path
+  modules = [f"engram_jax.data.{path.stem}" for path in folder.glob("[!_]*.py")]
+  code = f"import sys, {', '.join(modules)}; assert 'jax' not in sys.modules"
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=folder.parents[1])

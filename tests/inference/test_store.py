@@ -1,0 +1,513 @@
+"""Row stores: every store gives the rows of a plain array, or says in one line why it cannot."""
+
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import engram_jax
+from engram_jax.errors import ConfigError, StorageError
+from engram_jax.inference.stores import file as file_rows
+from engram_jax.inference.stores import table_file
+from engram_jax.inference.stores.base import store_digest
+from engram_jax.inference.stores.file import FileRows
+from engram_jax.inference.stores.host import HostRows
+from engram_jax.inference.stores.write import write_table_file
+from engram_jax.memory.codecs import KINDS, decode, encode
+from engram_jax.memory.compress import TokenCompressor
+from engram_jax.memory.dialects import HashLayout
+
+ROOT = pathlib.Path(engram_jax.__file__).parents[1]
+WIDTH = 40
+LAYOUT = HashLayout.build("engram", [1, 3], [53, 61], 3, 2, 200, 2)
+TOKENS = TokenCompressor.identity(200).digest
+reproducible = settings(deadline=None, derandomize=True, database=None)
+SMALLEST = min(LAYOUT.rows.values())
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def tables() -> list[np.ndarray]:
+  rng = np.random.default_rng(0)
+  return [rng.normal(size=(LAYOUT.rows[x], WIDTH)).astype(np.float32) for x in LAYOUT.layers]
+
+
+def blocks_of(tables, size=50):
+  by_layer = dict(zip(LAYOUT.layers, tables, strict=True))
+  return lambda layer: (by_layer[layer][i : i + size] for i in range(0, len(by_layer[layer]), size))
+
+
+def write(path, tables, kind="f32", **options):
+  options = {"kind": kind, "width": WIDTH} | options
+  write_table_file(path, blocks_of(tables), LAYOUT, TOKENS, **options)
+  return path
+
+
+@pytest.fixture(scope="module")
+def files(tables, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("tables")
+  return {kind: write(folder / f"{kind}.engram", tables, kind) for kind in KINDS}
+
+
+@pytest.fixture(params=["host", "file", "in memory"])
+def make(request, tables, files):
+  """make(kind, dtype) -> a store of each form over the same tables."""
+  opened = []
+
+  def store(kind="f32", dtype=np.float32):
+    if request.param == "host":
+      made = HostRows.from_tables(tables, LAYOUT, TOKENS, kind=kind, dtype=dtype)
+    else:
+      made = FileRows(files[kind], dtype=dtype, threads=4)
+    opened.append(made)
+    if request.param == "in memory":
+      made = made.in_memory()
+      opened.append(made)
+    return made
+
+  yield store
+  for made in opened:
+    made.close()
+
+
+def plain(tables, ids, kind="f32"):
+  """What a fetch must give: encode, decode, index."""
+  decoded = [decode(*encode(table, kind), kind) for table in tables]
+  return np.stack([table[i] for table, i in zip(decoded, ids, strict=True)])
+
+
+def some_ids(shape, seed=1):
+  return np.random.default_rng(seed).integers(0, SMALLEST, (2, *shape))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fetch_is_decode_and_index(make, tables, kind, dtype):
+  ids = some_ids((3, 5, 4)).astype(np.int32)
+  got = make(kind, dtype).fetch(ids)
+  assert got.dtype == dtype
+  assert got.shape == (2, 3, 5, 4, WIDTH)
+  assert np.array_equal(got, plain(tables, ids, kind).astype(dtype))
+
+
+@given(hnp.arrays(np.int64, hnp.array_shapes(max_dims=3, max_side=9, min_side=0)))
+@settings(reproducible, max_examples=60)
+def test_any_ids_in_any_shape(tables, files, ids):
+  ids = np.stack([ids % LAYOUT.rows[layer] for layer in LAYOUT.layers])
+  with FileRows(files["f32"], threads=3) as store:
+    assert np.array_equal(store.fetch(ids), plain(tables, ids))
+  assert np.array_equal(HostRows.from_tables(tables, LAYOUT, TOKENS).fetch(ids), plain(tables, ids))
+
+
+def test_more_ids_than_threads_and_few(make, tables):
+  store = make("fp8_e4m3")
+  for count in (1, 15, 32, 33, 64, 5000):
+    ids = some_ids((count,), seed=count)
+    assert np.array_equal(store.fetch(ids), plain(tables, ids, "fp8_e4m3"))
+
+
+def test_layers_have_their_own_rows(make, tables):
+  store = make()
+  assert store.layers == (1, 3)
+  assert store.rows == tuple(LAYOUT.rows[x] for x in store.layers)
+  last = np.array([LAYOUT.rows[3] - 1, 0])
+  rows = store.layer(3)
+  assert (rows.rows, rows.width) == (LAYOUT.rows[3], WIDTH)
+  assert np.array_equal(rows.fetch(last[:, None]), tables[1][last[:, None]])
+  assert rows.fetch(np.zeros((0, 3), int)).shape == (0, 3, WIDTH)
+  with pytest.raises(ValueError, match=rf"layer 3: row id {LAYOUT.rows[3]} at"):
+    rows.fetch(last + 1)
+  with pytest.raises(ValueError, match="layer=2 has no table"):
+    store.layer(2)
+
+
+def test_gather_takes_other_counts_of_each_layer(make, tables):
+  got = make().gather([np.array([5, 5, 1]), np.array([], np.int32)])
+  assert np.array_equal(got[0], tables[0][[5, 5, 1]])
+  assert got[1].shape == (0, WIDTH)
+
+
+@pytest.mark.parametrize("bad", [-1, "rows", 2**31])
+def test_ids_outside_are_refused_and_never_read(make, bad):
+  store = make()
+  ids = some_ids((4,))
+  ids[1, 2] = LAYOUT.rows[3] if bad == "rows" else bad
+  for ask in (store.fetch, store.gather):
+    with pytest.raises(
+      ValueError, match=rf"layer 3: row id {ids[1, 2]} at \[2\] .* 0 to {LAYOUT.rows[3] - 1}"
+    ):
+      ask(ids)
+
+
+def test_ids_that_are_none_are_refused(make):
+  store = make()
+  with pytest.raises(ValueError, match="integers, not float64"):
+    store.fetch(np.zeros((2, 3)))
+  with pytest.raises(ValueError, match=r"\[L=2, ...\], not of shape \(3, 1\)"):
+    store.fetch(np.zeros((3, 1), int))
+  with pytest.raises(ValueError, match="deadline=0"):
+    store.fetch(np.zeros((2, 1), int), deadline=0)
+
+
+def test_a_closed_store_says_so(make):
+  store = make()
+  store.close()
+  store.close()
+  with pytest.raises(ValueError, match="closed"):
+    store.fetch(some_ids((1,)))
+
+
+def test_digests_tell_hashes_and_tokenizers_apart(make):
+  store = make()
+  store.require(LAYOUT, TOKENS)
+  other = HashLayout.build("engram", [1, 3], [53, 61], 3, 2, 200, 2, seed=1)
+  with pytest.raises(ConfigError, match="another hash layout: seed 0 there, 1 here"):
+    store.require(other, TOKENS)
+  with pytest.raises(ConfigError, match="another tokenizer"):
+    store.require(LAYOUT, "0" * 64)
+  digests = {store_digest(LAYOUT, TOKENS), store_digest(other, TOKENS), store_digest(LAYOUT, "0")}
+  assert len(digests) == 3
+  assert store.digest in digests
+
+
+def test_telemetry_counts_distinct_rows_and_their_bytes(make):
+  store = make("fp8_e4m3")
+  store.fetch(np.array([[1, 1, 2], [5, 5, 5]]))
+  ((level, counts),) = store.levels().items()
+  assert level in ("host", "file")
+  assert (counts["hits"], counts["misses"], counts["hit_rate"]) == (3, 0, 1.0)
+  assert counts["bytes"] == 3 * (WIDTH + 2)
+  assert counts["wait_seconds"] > 0
+  store.telemetry.reset()
+  assert store.levels()[level]["hit_rate"] is None
+
+
+# --- reads that are late or fail ------------------------------------------------------------
+
+
+class Slow:
+  """Holds reads of a store up until it is told to let them go."""
+
+  def __init__(self, store, monkeypatch):
+    self.go = threading.Event()
+    monkeypatch.setattr(store, "_without_waiting", lambda *_: False)
+    read = store._piece
+    monkeypatch.setattr(store, "_piece", lambda *a: (self.go.wait(20), read(*a))[1])
+
+
+def test_a_late_read_is_an_error_and_spoils_nothing(files, tables, monkeypatch):
+  ids = some_ids((40,))
+  with FileRows(files["bf16"], threads=2) as store:
+    slow = Slow(store, monkeypatch)
+    begin = time.monotonic()
+    with pytest.raises(StorageError, match="late: the deadline has passed") as caught:
+      store.fetch(ids, deadline=0.05)
+    assert time.monotonic() - begin < 10
+    assert caught.value.exit_code == 5
+    slow.go.set()
+    assert np.array_equal(store.fetch(ids, deadline=30), plain(tables, ids, "bf16"))
+
+
+def test_reads_that_nobody_waits_for_any_more_are_not_begun(files):
+  """Though the deadline passes before the first wait."""
+  with FileRows(files["f32"], threads=1) as store:
+    go = threading.Event()
+    reads = [store._pool.submit(go.wait, 20) for _ in range(3)]
+    with pytest.raises(StorageError, match="deadline has passed"):
+      store._wait(reads, time.monotonic())
+    assert [read.cancelled() for read in reads[1:]] == [True, True]
+    go.set()
+
+
+def test_a_failed_read_is_a_storage_error(files, monkeypatch):
+  with FileRows(files["f32"], threads=2) as store:
+
+    def fail(*_):
+      raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(store, "_piece", fail)
+    monkeypatch.setattr(os, "preadv", fail)
+    for count in (1, 200):
+      with pytest.raises(StorageError, match="cannot be read: Input/output error"):
+        store.fetch(some_ids((count,)))
+
+
+@pytest.mark.parametrize("nowait", ["fails", "is short", "is unknown"])
+def test_rows_that_are_not_at_hand_are_read_by_threads(files, tables, monkeypatch, nowait):
+  def not_at_hand(*_):
+    if nowait == "fails":
+      raise BlockingIOError
+    return 3
+
+  with FileRows(files["int8"]) as store:
+    if nowait == "is unknown":
+      monkeypatch.setattr(file_rows, "_NOWAIT", 0)
+    monkeypatch.setattr(os, "preadv", not_at_hand)
+    ids = some_ids((5, 3))
+    for deadline in (None, 30):
+      assert np.array_equal(store.fetch(ids, deadline=deadline), plain(tables, ids, "int8"))
+
+
+def test_a_file_changed_under_a_store_is_noticed(tables, tmp_path):
+  path = write(tmp_path / "t", tables)
+  with FileRows(path) as store:
+    store.fetch(some_ids((3,)))
+    with open(path, "r+b") as file:
+      file.truncate(path.stat().st_size - 1)
+    with pytest.raises(StorageError, match="has changed since it was opened"):
+      store.fetch(some_ids((3,)))
+
+
+def test_a_file_replaced_by_another_is_read_as_it_was(tables, tmp_path):
+  path = write(tmp_path / "t", tables)
+  with FileRows(path) as store:
+    os.replace(write(tmp_path / "u", [2 * table for table in tables]), path)
+    ids = some_ids((9,))
+    assert np.array_equal(store.fetch(ids), plain(tables, ids))
+
+
+# --- files ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_written_file_is_verified_and_keeps_its_constants(files, kind):
+  with FileRows(files[kind]) as store:
+    store.verify()
+    assert store.header.kind == kind
+    assert store.layout == LAYOUT
+    assert store.token_map_digest == TOKENS
+    assert all(isinstance(m, str) for m in store.header.hash_layout["multipliers"]["1"])
+
+
+def test_dropping_the_page_cache_changes_no_row(files, tables):
+  with FileRows(files["fp8_e4m3"], mapped_bytes=1) as store:  # gives pages back after each read
+    for count in (3, 100, 3):
+      ids = some_ids((count,), seed=count)
+      store.drop_page_cache()
+      assert np.array_equal(store.fetch(ids), plain(tables, ids, "fp8_e4m3"))
+
+
+@given(st.data())
+@settings(reproducible, max_examples=40)
+def test_every_changed_byte_is_noticed(files, tmp_path_factory, data):
+  """At opening where the header is hit, by verify elsewhere; before the tables lies a gap."""
+  whole = bytearray(files["int8"].read_bytes())
+  with open(files["int8"], "rb") as file:
+    header, _ = table_file.read_header(file, "t")
+  start, _ = header.data
+  at = data.draw(st.integers(0, len(header.to_bytes()) - 1) | st.integers(start, len(whole) - 1))
+  whole[at] ^= 1 << data.draw(st.integers(0, 7))
+  path = tmp_path_factory.mktemp("edited") / "t"
+  path.write_bytes(whole)
+  with pytest.raises(StorageError) as caught, FileRows(path) as store:
+    store.verify()
+  assert str(caught.value).startswith(str(path))
+  assert "\n" not in str(caught.value)
+
+
+def test_verify_names_the_rows_that_changed(tables, tmp_path):
+  path = write(tmp_path / "t", tables)
+  with FileRows(path) as store:
+    last = store.header.tables[1].end - 1
+  with open(path, "r+b") as file:
+    file.seek(last)
+    file.write(b"\x55")
+  with FileRows(path) as store, pytest.raises(StorageError, match="layer 3 rows 0 to"):
+    store.verify()
+
+
+@pytest.mark.parametrize("size", [0, 47, 48, 300, 4096, -4097, -1])
+def test_truncated_files_are_refused_at_opening(files, tmp_path, size):
+  whole = files["f32"].read_bytes()
+  path = tmp_path / "t"
+  path.write_bytes(whole[:size])
+  with pytest.raises(StorageError, match=r"is damaged|is no table file"):
+    FileRows(path)
+
+
+def forged(path, change):
+  """A file whose header says something else, and whose digest agrees with it."""
+  with open(path, "rb") as file:
+    header, _ = table_file.read_header(file, "t")
+  fields = header.model_dump()
+  change(fields)
+  text = json.dumps(fields).encode()
+  prefix = table_file.PREFIX.pack(
+    table_file.MAGIC, table_file.VERSION, len(text), hashlib.sha256(text).digest()
+  )
+  return prefix + text + path.read_bytes()[len(prefix + text) :]
+
+
+def number(*keys):
+  def change(fields, value):
+    for key in keys[:-1]:
+      fields = fields[key]
+    fields[keys[-1]] = value
+
+  return change
+
+
+@pytest.mark.parametrize(
+  ("change", "value"),
+  [
+    (number("width"), 10**15),
+    (number("width"), -1),
+    (number("width"), 40.0),
+    (number("kind"), "fp4"),
+    (number("kind"), "bf16"),
+    (number("file_bytes"), 2**62),
+    (number("tables", 0, "rows"), 2**62),
+    (number("tables", 0, "offset"), 0),
+    (number("tables", 1, "offset"), 4096),
+    (number("tables", 1, "bytes"), 1),
+    (number("tables"), []),
+    (number("checksums_offset"), 2**63),
+    (number("hash_layout"), {}),
+    (number("hash_layout"), []),
+    (number("hash_layout", "heads"), 10**9),
+    (number("hash_layout", "max_ngram"), 10**9),
+    (number("hash_layout", "layers"), []),
+    (number("hash_layout", "primes"), {}),
+    (number("hash_layout", "seed"), 7),
+    (number("hash_layout", "compressed_vocab"), 10**30),
+    (number("hash_layout", "rows_per_head"), 1),
+    (number("hash_layout", "multipliers", "1"), ["1", "3", "5"]),
+    (number("surprise"), 1),
+  ],
+)
+def test_headers_that_make_no_sense_are_refused(files, tmp_path, change, value):
+  path = tmp_path / "t"
+  path.write_bytes(forged(files["f32"], lambda fields: change(fields, value)))
+  with pytest.raises(StorageError, match="damaged") as caught:
+    FileRows(path)
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [0, 2**20 + 1, 2**32 - 1])
+def test_a_header_of_absurd_size_is_not_read(files, tmp_path, length):
+  path = tmp_path / "t"
+  whole = bytearray(files["f32"].read_bytes())
+  whole[12:16] = length.to_bytes(4, "little")
+  path.write_bytes(whole)
+  with pytest.raises(StorageError, match=f"announces a header of {length:,} bytes"):
+    FileRows(path)
+
+
+def test_other_files_are_refused(tmp_path):
+  path = tmp_path / "t"
+  with pytest.raises(StorageError, match="cannot be opened: No such file"):
+    FileRows(path)
+  path.write_text("a text that is long enough to hold a prefix of 48 bytes")
+  with pytest.raises(StorageError, match="is no table file"):
+    FileRows(path)
+  path.write_bytes(table_file.PREFIX.pack(table_file.MAGIC, 9, 2, bytes(32)) + b"{}")
+  with pytest.raises(StorageError, match="has format 9; this version reads 1"):
+    FileRows(path)
+
+
+def test_writing_leaves_a_whole_file_or_none(tables, tmp_path):
+  path = write(tmp_path / "t", tables)
+  with pytest.raises(ConfigError, match="exists and is not overwritten"):
+    write(path, tables)
+  broken = [tables[0], tables[1].copy()]
+  broken[1][7, 3] = np.nan
+  with pytest.raises(StorageError, match="layer 3, from row 0 on: row 7, column 3 is nan"):
+    write(tmp_path / "u", broken, "int8")
+  with pytest.raises(StorageError, match="cannot be written"):
+    write(tmp_path / "nowhere" / "u", tables)
+  assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_written_file_may_be_read_by_those_whom_the_umask_lets(tables, tmp_path):
+  for mask, mode in ((0o077, 0o600), (0o002, 0o664)):
+    before = os.umask(mask)
+    try:
+      path = write(tmp_path / f"{mask}", tables)
+    finally:
+      os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_host_tables_are_filled_block_by_block(tables):
+  """None is held once the next but one is asked for."""
+
+  def blocks(layer):
+    held = []
+    for block in blocks_of(tables)(layer):
+      assert sum(ref() is not None for ref in held) <= 1
+      own = block.copy()
+      held.append(weakref.ref(own))
+      yield own
+      del own
+
+  store = HostRows.from_blocks(blocks, LAYOUT, TOKENS, WIDTH, kind="bf16")
+  assert store.bytes == sum(LAYOUT.rows.values()) * WIDTH * 2
+  ids = some_ids((7,))
+  assert np.array_equal(store.fetch(ids), plain(tables, ids, "bf16"))
+  broken = [tables[0], np.full_like(tables[1], np.nan)]
+  with pytest.raises(StorageError, match="layer 3, from row 0 on: row 0, column 0 is nan"):
+    HostRows.from_tables(broken, LAYOUT, TOKENS)
+
+
+def test_a_file_without_room_is_refused_before_it_is_begun(tables, tmp_path, monkeypatch):
+  free = type("Usage", (), {"free": 1000})
+  monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+  with pytest.raises(StorageError, match=r"takes [\d,]+ bytes, but .* has 1,000 free"):
+    write(tmp_path / "t", tables)
+  assert list(tmp_path.iterdir()) == []
+
+
+HUGE = """
+import os, sys, time
+import numpy as np
+from engram_jax.inference.stores.file import FileRows
+from engram_jax.inference.stores.table_file import TableHeader
+from engram_jax.memory.dialects import HashLayout
+path = sys.argv[1]
+layout = HashLayout.build("deepseek_v41", [1, 14], 16_000_000, 4, 8, 99092, 2)
+header = TableHeader.plan(layout, "0" * 64, "fp8_e4m3", 256)
+with open(path, "wb") as file:
+  file.truncate(header.file_bytes)
+  file.write(header.to_bytes())
+  one = bytes([0x38] * 256 + [130] * 8)  # ones, times 2^3
+  file.seek(header.tables[0].offset + 264 * 384_006_167)
+  file.write(one)
+begin = time.perf_counter()
+store = FileRows(path)
+opened = time.perf_counter() - begin
+rng = np.random.default_rng(0)
+served, begin = 0, time.perf_counter()
+for _ in range(6):
+  rows = store.fetch(rng.integers(0, 384_006_168, (2, 128, 48)))
+  assert not rows.any()
+  served += rows[..., 0].size
+seconds = time.perf_counter() - begin
+assert (store.fetch(np.array([[384_006_167], [0]]))[0] == 8).all()
+with open("/proc/self/status") as file:  # getrusage would include the process that started it
+  peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+print(opened, served / seconds, peak << 10, os.path.getsize(path))
+os.remove(path)
+"""
+
+
+def test_a_table_larger_than_memory_opens_and_serves_rows(tmp_path):
+  """V4.1's two tables, 203 GB, sparse: in a process of its own, whose memory is measured."""
+  words = [sys.executable, "-c", HUGE, str(tmp_path / "huge")]
+  done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+  assert done.returncode == 0, done.stderr
+  opened, per_second, peak, size = map(float, done.stdout.split())
+  print(f"opened in {opened:.3f} s, {per_second:,.0f} rows/s, peak {peak / 2**20:.0f} MiB")
+  assert size > 200e9
+  assert peak < 1e9
