@@ -7,6 +7,7 @@ Figures come from the validation documents of the run's own data.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -18,21 +19,16 @@ import tyro
 from jax.sharding import Mesh
 
 from engram_jax.cli import run_command
-from engram_jax.commands.open_model import chosen_step
 from engram_jax.config import Config
-from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.mesh import make_mesh
-from engram_jax.core.run_directory import CHECKPOINTS, TOKENIZER, open_run
+from engram_jax.core.run_directory import TOKENIZER
 from engram_jax.data.pipeline import Prepared, prepare
-from engram_jax.data.tokenizer import read_tokenizer
 from engram_jax.errors import ConfigError
-from engram_jax.memory.compress import tokenizer_digest
-from engram_jax.memory.fingerprint import check_identity, identity
+from engram_jax.memory.vocabulary import check_fingerprint
+from engram_jax.tables.saved_run import load_run
 from engram_jax.training.evaluate import evaluate, make_eval_step
-from engram_jax.training.host import saved
-from engram_jax.training.host.host_rows import HostRows
 from engram_jax.training.sample import complete, make_next_logits
-from engram_jax.training.state import Recipe, TrainState, make_recipe, up_to_date
+from engram_jax.training.state import TrainSetup, TrainState, flush, make_setup, restore_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,26 +54,19 @@ class Args:
 def main() -> int:
   args = tyro.cli(Args, prog="eval.py", description=__doc__)
   check(args)
-  cfg = open_run(args.run)
-  cfg = cfg.model_copy(
-    update={"data": cfg.data.model_copy(update={"tokenizer": str(args.run / TOKENIZER)})}
-  )
-  say = lambda text: print(text, file=sys.stderr)
-  with Checkpoints(args.run / CHECKPOINTS, keep=None) as checkpoints:
-    step = chosen_step(checkpoints, args.run, args.step, say)
-    meta = checkpoints.meta(step)
-    words = tokenizer_digest(read_tokenizer(args.run / TOKENIZER))
-    check_identity(meta, {"tokenizer_digest": words}, str(args.run))  # before tokenising with it
-    data = prepare(cfg, say)
-    meaning = identity(data.tokenizer_digest, data.compressor, data.layout, data.training.digest)
-    check_identity(meta, meaning, str(args.run))
-    recipe = make_recipe(cfg, data.layout, evaluation_mesh(cfg))
-    with tables_on_host(recipe, data, args.run) as on_host:
-      state = saved.restore(checkpoints, step, recipe, data.layout, on_host)
-      state = up_to_date(recipe, state) if on_host is None else on_host.up_to_date(state)
-      result = {"run": str(args.run), "step": step}
-      result |= losses(recipe, state, data, args.batches, on_host)
-      result["samples"] = samples(recipe, state, data, args, on_host)
+  log = lambda text: print(text, file=sys.stderr)
+  with contextlib.ExitStack() as stack:
+    saved = stack.enter_context(load_run(args.run, args.step, log))
+    text = saved.config.data.model_copy(update={"tokenizer": str(args.run / TOKENIZER)})
+    cfg = saved.config.model_copy(update={"data": text})
+    data = prepare(cfg, log)
+    check_fingerprint(saved.meta, data.fingerprint(), str(args.run))
+    setup = make_setup(cfg, data.vocabulary.layout, evaluation_mesh(cfg))
+    stack.enter_context(setup.tables)
+    state = flush(setup, restore_state(saved.checkpoints, saved.step, setup))
+    result = {"run": str(args.run), "step": saved.step}
+    result |= losses(setup, state, data, args.batches)
+    result["samples"] = samples(setup, state, data, args)
   if args.json:
     print(json.dumps(result))
   else:
@@ -86,19 +75,10 @@ def main() -> int:
 
 
 def evaluation_mesh(cfg: Config) -> Mesh:
-  """As many devices as divide the batch, so that tables and parameters are spread over them."""
+  """As many devices as divide the batch, so that tables and parameters are sharded over them."""
   devices = jax.devices()[:1] if cfg.model.engram.on_host else jax.devices()
   parts = max(n for n in range(1, len(devices) + 1) if cfg.train.batch_size % n == 0)
   return make_mesh({"fsdp": parts}, devices[:parts])
-
-
-def tables_on_host(
-  recipe: Recipe, data: Prepared, run: pathlib.Path
-) -> contextlib.AbstractContextManager[HostRows | None]:
-  """The tables where the run's placement has them; None on the device."""
-  if not recipe.config.model.engram.on_host:
-    return contextlib.nullcontext()
-  return HostRows(recipe, data.layout, run)
 
 
 def check(args: Args) -> None:
@@ -110,41 +90,39 @@ def check(args: Args) -> None:
     raise ConfigError("--prompt '' is empty; give some text to continue")
 
 
-def losses(
-  recipe: Recipe,
-  state: TrainState,
-  data: Prepared,
-  batches: int | None,
-  on_host: HostRows | None = None,
-) -> dict:
+def losses(setup: TrainSetup, state: TrainState, data: Prepared, batches: int | None) -> dict:
   """{"memory_on": ..., "memory_off": ...}; without a memory only the first."""
-  kinds = {"memory_on": True, "memory_off": False} if data.layout else {"memory_on": True}
-  result = {}
-  for name, memory in kinds.items():
-    step = make_eval_step(recipe, memory=memory)
-    step = step if on_host is None else on_host.evaluating(step)
-    with contextlib.closing(data.validation_pipeline().iterate()) as windows:
-      few = itertools.islice(windows, batches)
-      result[name] = evaluate(step, state, few, data.token_bytes, data.sources)
+  step, result = make_eval_step(setup), {}
+  for name, memory in {"memory_on": True, "memory_off": False}.items():
+    if not memory and not setup.tables.layers:
+      continue
+    with contextlib.closing(data.validation_pipeline().iterate()) as examples:
+      some = itertools.islice(examples, batches)
+      result[name] = evaluate(
+        step, setup, state, some, data.token_bytes, data.sources, memory=memory
+      )
   return result
 
 
 def samples(
-  recipe: Recipe,
-  state: TrainState,
-  data: Prepared,
-  args: Args,
-  on_host: HostRows | None = None,
+  setup: TrainSetup, state: TrainState, data: Prepared, args: Args
 ) -> list[dict[str, str]]:
-  prompts = args.prompt or (recipe.config.train.sample_prompt,)
+  """Each prompt with its continuations, greedy and sampled."""
+  prompts = args.prompt or (setup.config.train.sample_prompt,)
   if not args.tokens:
     return []
-  next_logits = make_next_logits(recipe.graphdef, recipe.config.model, recipe.mesh)
-  next_logits = next_logits if on_host is None else on_host.completing(next_logits)
-  greedy = complete(next_logits, state, data, prompts, args.tokens)
-  drawn = complete(
-    next_logits, state, data, prompts, args.tokens, temperature=args.temperature, seed=args.seed
+  continue_prompts = functools.partial(
+    complete,
+    make_next_logits(setup),
+    setup,
+    state,
+    data.vocabulary,
+    prompts,
+    args.tokens,
+    end_id=data.end_id,
   )
+  greedy = continue_prompts()
+  drawn = continue_prompts(temperature=args.temperature, seed=args.seed)
   keys = ("prompt", "greedy", "sampled")
   return [dict(zip(keys, texts, strict=True)) for texts in zip(prompts, greedy, drawn, strict=True)]
 

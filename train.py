@@ -18,23 +18,27 @@ from engram_jax.cli import parse_config, run_command
 from engram_jax.config import Config
 from engram_jax.core import distributed
 from engram_jax.core.checkpoint import Checkpoints
-from engram_jax.core.mesh import batch_sharding, make_mesh, process_rows, to_global
+from engram_jax.core.mesh import batch_sharding, compute_dtype, make_mesh, process_rows, to_global
 from engram_jax.core.metrics import MetricsWriter
 from engram_jax.core.profiling import matmul_peak
 from engram_jax.core.run_directory import CHECKPOINTS, RunDirectory, check_config
 from engram_jax.core.signals import StopRequest
 from engram_jax.data.pipeline import Prepared, prepare
 from engram_jax.errors import EXIT_STOPPED, NonFiniteError
-from engram_jax.memory.fingerprint import check_identity, identity
+from engram_jax.memory.vocabulary import check_fingerprint
 from engram_jax.model.counts import count, flops_per_token
-from engram_jax.model.lm import compute_dtype
 from engram_jax.training.evaluate import evaluate, make_eval_step
-from engram_jax.training.host import saved
-from engram_jax.training.host.host_rows import HostRows
 from engram_jax.training.sample import complete, make_next_logits
-from engram_jax.training.state import init_state, laid_out, make_recipe, up_to_date
+from engram_jax.training.state import (
+  flush,
+  init_state,
+  make_setup,
+  restore_state,
+  save_state,
+  with_layout,
+)
 from engram_jax.training.step import make_train_step
-from engram_jax.training.warm_start import find_source
+from engram_jax.training.warm_start import find_warm_start
 
 
 def main() -> int:
@@ -42,65 +46,62 @@ def main() -> int:
   train = cfg.train
   distributed.start(cfg.distributed)
   mesh = make_mesh(cfg.mesh_sizes(jax.device_count()))
-  known = check_config(cfg)
+  is_existing_run = check_config(cfg)
 
   # --- data, model, and what was decided ----------------------------------------------------
-  data = prepare(cfg, say)
+  data = prepare(cfg, log)
   training, validation = data.training_pipeline(), data.validation_pipeline()
-  recipe = make_recipe(cfg, data.layout, mesh)
-  train_step, eval_step = make_train_step(recipe), make_eval_step(recipe)
-  next_logits = make_next_logits(recipe.graphdef, cfg.model, mesh)
+  layout, fingerprint = data.vocabulary.layout, data.fingerprint()
+  setup = make_setup(cfg, layout, mesh)
+  train_step, eval_step = make_train_step(setup), make_eval_step(setup)
+  next_logits = make_next_logits(setup)
   flops = 3 * flops_per_token(cfg.model, cfg.data.sequence_length)  # forward and twice backward
   peak = mesh.size * matmul_peak(compute_dtype(cfg.model.dtype))
-  meaning = identity(data.tokenizer_digest, data.compressor, data.layout, data.training.digest)
-  source = None  # another run's weights, for the first step of this one
-  if train.init_from and not known:
-    source = find_source(train.init_from, recipe, data.layout, meaning, say)
+  warm_start = None  # another run's weights, for the first step of this one
+  if train.init_from and not is_existing_run:
+    warm_start = find_warm_start(train.init_from, setup, layout, fingerprint, log)
   announce(cfg, data, flops, peak, mesh)
 
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(StopRequest())
-    run = stack.enter_context(RunDirectory(cfg, data.tokenizer.to_str()))
+    run = stack.enter_context(RunDirectory(cfg, data.vocabulary.tokenizer.to_str()))
+    tables = stack.enter_context(setup.tables)
     checkpoints = stack.enter_context(
       Checkpoints(run.path / CHECKPOINTS, keep=train.keep_checkpoints)
     )
 
     # --- a new run, or where the last one stopped -------------------------------------------
-    start = checkpoints.newest_valid(say) if run.known else None
+    start = checkpoints.newest_valid(log) if run.known else None
     if start is not None:
-      check_identity(checkpoints.meta(start), meaning, str(run.path))
+      check_fingerprint(checkpoints.meta(start), fingerprint, str(run.path))
     if start == train.steps:
-      say(f"{run.path} is finished ({start} steps); for another run choose another --run.name")
+      log(f"{run.path} is finished ({start} steps); for another run choose another --run.name")
       return 0
-    on_host = None  # the tables, where they are not on the device
-    if cfg.model.engram.on_host:
-      on_host = stack.enter_context(HostRows(recipe, data.layout, run.path))
-      train_step, eval_step = on_host.step, on_host.evaluating(eval_step)
-      next_logits = on_host.completing(next_logits)
     if start is None:
-      start, state = 0, init_state(recipe, data.layout)
+      start, state = 0, init_state(setup)
       if train.init_from:  # found above, unless this run was killed before its first checkpoint
-        source = source or find_source(train.init_from, recipe, data.layout, meaning, say)
-        state = laid_out(recipe, source.give(state))
-        say(f"weights of {source.run}, step {source.step}")
+        warm_start = warm_start or find_warm_start(train.init_from, setup, layout, fingerprint, log)
+        state = warm_start.apply(state)
+        log(f"weights of {warm_start.run}, step {warm_start.step}")
     else:
-      state = laid_out(recipe, saved.restore(checkpoints, start, recipe, data.layout, on_host))
-      say(f"resumed {run.path} after step {start}")
+      state = restore_state(checkpoints, start, setup)
+      log(f"resumed {run.path} after step {start}")
+    state = with_layout(setup, state)
 
     # --- the loop ---------------------------------------------------------------------------
     writer = stack.enter_context(MetricsWriter(run.path, cfg.run.tensorboard, resume_step=start))
-    mine = process_rows(batch_sharding(mesh), train.batch_size)
-    batches = stack.enter_context(contextlib.closing(training.iterate(start, mine)))
-    batches = batches if on_host is None else on_host.ahead(batches)
+    local_rows = process_rows(batch_sharding(mesh), train.batch_size)
+    batches = stack.enter_context(contextlib.closing(training.iterate(start, local_rows)))
+    batches = tables.prefetch(state.tables, batches)
     bar = stack.enter_context(progress(start, train.steps))
-    clock, previous, told = Clock(), None, False
+    clock, previous, stop_agreed = Clock(), None, False
     for step in range(start + 1, train.steps + 1):
       batch = to_global(next(batches), mesh, train.batch_size)
       batch["stop"] = distributed.stop_flags(mesh, stop.requested)
       state, metrics = train_step(state, batch)
       if previous is not None:  # one step late, so that the device never waits for Python
         stop_if_not_finite(previous, train.nonfinite_limit)
-        told = int(previous["stop"]) > 0  # of any process: all stop after the same step
+        stop_agreed = int(previous["stop"]) > 0  # of any process: all stop after the same step
       previous, last = metrics, step == train.steps
       if last:  # before its checkpoint says that the run is finished
         stop_if_not_finite(metrics, train.nonfinite_limit)
@@ -110,64 +111,72 @@ def main() -> int:
       evaluating = last or step % train.eval_every == 0
       if evaluating or step % train.log_every == 0:
         values = {name: float(value) for name, value in metrics.items() if name != "stop"}
-        values |= clock.read(flops, peak) | ({} if on_host is None else on_host.counts())
+        values |= clock.read(flops, peak) | tables.counts(state.tables)
         report(step, values, bar)
         if evaluating:
-          with clock.stopped(), contextlib.closing(validation.iterate()) as windows:
-            few = itertools.islice(windows, train.eval_batches)
-            state = up_to_date(recipe, state) if on_host is None else on_host.up_to_date(state)
-            result = evaluate(eval_step, state, few, data.token_bytes, data.sources)
+          with clock.stopped(), contextlib.closing(validation.iterate()) as examples:
+            eval_batches = itertools.islice(examples, train.eval_batches)
+            state = flush(setup, state)
+            result = evaluate(eval_step, setup, state, eval_batches, data.token_bytes, data.sources)
           values |= {f"validation/{k}": v for k, v in result.items() if k != "by_source"}
-          say(
+          log(
             f"step {step}: validation loss {result['loss']:.4f}, perplexity "
             f"{result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte"
           )
         writer.write(step, values)
       if train.sample_tokens and (last or (train.sample_every and step % train.sample_every == 0)):
         with clock.stopped():
-          text = complete(next_logits, state, data, [train.sample_prompt], train.sample_tokens)[0]
+          (text,) = complete(
+            next_logits,
+            setup,
+            state,
+            data.vocabulary,
+            [train.sample_prompt],
+            train.sample_tokens,
+            end_id=data.end_id,
+          )
         writer.text(step, "sample", train.sample_prompt + text)
-        say(f"step {step}: {train.sample_prompt}|{text}")
-      stopping = told if distributed.several() else stop.requested
+        log(f"step {step}: {train.sample_prompt}|{text}")
+      stopping = stop_agreed if distributed.is_multiprocess() else stop.requested
       if last or stopping or step % train.checkpoint_every == 0:
         with clock.stopped():
-          saved.save(checkpoints, step, state, meaning | {"next_batch": step}, on_host)
+          save_state(checkpoints, step, setup, state, fingerprint | {"next_batch": step})
       if stopping and not last:
         checkpoints.wait()
         by = stop.signal_name or "another process"
-        say(f"stopped by {by}, step {step} saved; the same command resumes")
+        log(f"stopped by {by}, step {step} saved; the same command resumes")
         return EXIT_STOPPED
-  say(f"finished {run.path}; evaluate it with: python eval.py --run {run.path}")
+  log(f"finished {run.path}; evaluate it with: python eval.py --run {run.path}")
   return 0
 
 
 def announce(cfg: Config, data: Prepared, flops: float, peak: float, mesh: Mesh) -> None:
-  """What this run is, before it starts."""
-  parts = count(cfg.model, data.layout)
+  """Says what this run is, before it starts."""
+  parts = count(cfg.model, data.vocabulary.layout)
   tokens = cfg.train.batch_size * cfg.data.sequence_length
   devices = jax.devices()
   for line in data.description:
-    say(line)
-  say(
+    log(line)
+  log(
     f"model: {parts.total_parameters:,} parameters without the token embedding, "
     f"{parts.active_parameters:,} active per token, {parts.memory_parameters:,} in memory tables"
   )
-  if data.layout:
-    rows = (f"block {layer} has {data.layout.rows[layer]:,} rows" for layer in data.layout.layers)
-    say("memory: " + ", ".join(rows))
-  say(
+  if layout := data.vocabulary.layout:
+    rows = (f"block {layer} has {layout.rows[layer]:,} rows" for layer in layout.layers)
+    log("memory: " + ", ".join(rows))
+  log(
     f"step: {cfg.train.batch_size} windows x {cfg.data.sequence_length} = {tokens:,} tokens, "
     f"{flops / 1e6:.1f} MFLOP a token; {cfg.train.steps} steps, {tokens * cfg.train.steps:,} tokens"
   )
   axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one"
-  say(
+  log(
     f"mesh: {axes}, of {mesh.size} {devices[0].platform} devices ({devices[0].device_kind}) in "
     f"{jax.process_count()} processes, measured matmul peak {peak / 1e9:.1f} GFLOP/s"
   )
 
 
 def report(step: int, values: dict[str, float], bar: tqdm) -> None:
-  """One line of progress: in the bar on a terminal, by itself elsewhere."""
+  """Shows one line of progress: in the bar on a terminal, by itself elsewhere."""
   shown = {
     "loss": f"{values['loss']:.4f}",
     "grad": f"{values['grad_norm']:.2f}",
@@ -182,7 +191,7 @@ def report(step: int, values: dict[str, float], bar: tqdm) -> None:
   if values["nonfinite_total"]:
     shown["skipped"] = f"{values['nonfinite_total']:.0f}"
   if bar.disable:
-    say(f"step {step}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
+    log(f"step {step}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
   else:
     bar.set_postfix(shown)
 
@@ -206,13 +215,13 @@ def progress(start: int, steps: int) -> tqdm:
   )
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
   if distributed.is_main():
     tqdm.write(text, file=sys.stderr)
 
 
 class Clock:
-  """Tokens per second of training alone, since the last reading."""
+  """Measures tokens per second of training alone, since the last reading."""
 
   def __init__(self):
     self._tokens, self._since = 0, time.perf_counter()
@@ -227,7 +236,7 @@ class Clock:
     self._since += time.perf_counter() - begin
 
   def read(self, flops: float, peak: float) -> dict[str, float]:
-    """flops: of one token; peak: FLOP/s of the machine."""
+    """Tokens a second and MFU; flops: of one token; peak: FLOP/s of the machine."""
     now = time.perf_counter()
     speed = self._tokens / (now - self._since)
     self._tokens, self._since = 0, now

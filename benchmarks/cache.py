@@ -59,11 +59,11 @@ def measure(source: str, rows_per_head: int, windows: int) -> list[dict]:
   say = lambda text: print(text, file=sys.stderr)
   changes = {"model.engram.heads": 8, "model.engram.rows_per_head": rows_per_head}
   data = prepare(load_config("configs/tiny.yaml", changes | {"data.source": source}), say)
-  seen = min(windows, len(data.training_pipeline(1).windows))
+  seen = min(windows, len(data.training_pipeline(1).examples))
   training = list(itertools.islice(row_ids(data.training_pipeline(1)), seen))
   validation = list(row_ids(data.validation_pipeline(1)))
   counts = count_ids(training, 1)
-  rows = data.layout.rows[data.layout.layers[0]]
+  rows = data.vocabulary.layout.rows[data.vocabulary.layout.layers[0]]
   result = []
   for share in SHARES:
     places = int(share * rows)
@@ -109,9 +109,12 @@ def adaptive(
   places: int, data: Prepared, training: list[np.ndarray], validation: list[np.ndarray]
 ) -> float:
   """Of distinct rows a window, the share that a HostCache has; rows are one number wide."""
-  tables = [np.zeros((data.layout.rows[x], 1), np.float32) for x in data.layout.layers]
+  tables = [
+    np.zeros((data.vocabulary.layout.rows[x], 1), np.float32) for x in data.vocabulary.layout.layers
+  ]
   cache = HostCache(
-    HostRows.from_tables(tables, data.layout, data.compressor.digest), places * PLACE
+    HostRows.from_tables(tables, data.vocabulary.layout, data.vocabulary.compressor.digest),
+    places * PLACE,
   )
   for ids in training:
     cache.fetch(ids)

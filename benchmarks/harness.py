@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from engram_jax.commands.open_model import Opened, open_model
 from engram_jax.core.run_directory import TOKENIZER
-from engram_jax.data.tokenizer import read_tokenizer
+from engram_jax.data.vocabulary.tokenizer import read_tokenizer
+from engram_jax.inference.load import LoadedModel, load_model
 from engram_jax.memory.table import lookup_reference
 from engram_jax.training.sample import row_ids
 
@@ -71,7 +71,7 @@ def main() -> None:
   shutil.copy(args.run / TOKENIZER, args.to / "tokenizer.json")
   form = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
   (args.to / "tokenizer_config.json").write_text(json.dumps(form))
-  print(json.dumps(scores(open_model(args.run, None, print), args.run, texts)))
+  print(json.dumps(scores(load_model(args.run, None, print), args.run, texts)))
 
 
 def make_texts(count: int) -> list[dict]:
@@ -92,7 +92,7 @@ def make_texts(count: int) -> list[dict]:
   return texts
 
 
-def scores(opened: Opened, run: pathlib.Path, texts: list[dict]) -> dict[str, float]:
+def scores(opened: LoadedModel, run: pathlib.Path, texts: list[dict]) -> dict[str, float]:
   tokenizer = read_tokenizer(run / TOKENIZER)
   encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
   end = tokenizer.token_to_id("<|endoftext|>")
@@ -115,7 +115,7 @@ def scores(opened: Opened, run: pathlib.Path, texts: list[dict]) -> dict[str, fl
   }
 
 
-def make_logprobs(opened: Opened, longest: int = 1024):
+def make_logprobs(opened: LoadedModel, longest: int = 1024):
   """ids -> the log-probability [n - 1] of each after those before it."""
   w, tables = opened.weights, tuple(map(jnp.asarray, opened.tables()))
 

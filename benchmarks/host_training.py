@@ -33,7 +33,7 @@ from engram_jax.config import Config, load_config
 from engram_jax.data.pipeline import prepare
 from engram_jax.model.counts import table_layout
 from engram_jax.training.host.host_rows import HostRows
-from engram_jax.training.state import init_state, make_recipe
+from engram_jax.training.state import init_state, make_setup
 from engram_jax.training.step import make_train_step
 
 PLACEMENTS = ("device", "host", "file")
@@ -78,7 +78,7 @@ def compared(
   for place in PLACEMENTS:
     cfg = load_config(args.config, args.set | {"model.engram.placement": place})
     start = on_device if place == "device" else on_host
-    turns[place], ends[place] = start(cfg, data.layout, batches, steps, folder, stack)
+    turns[place], ends[place] = start(cfg, data.vocabulary.layout, batches, steps, folder, stack)
   taken: dict[str, list[float]] = {place: [] for place in PLACEMENTS}
   for turn in range(args.turns + SETTLING):
     for place in np.roll(PLACEMENTS, turn).tolist():  # each goes first as often
@@ -91,7 +91,7 @@ def compared(
   return {
     "device": str(jax.devices()[0]),
     "config": args.config,
-    "rows": {layer: data.layout.rows[layer] for layer in data.layout.layers},
+    "rows": {layer: data.vocabulary.layout.rows[layer] for layer in data.vocabulary.layout.layers},
     "seconds_a_step": seconds,
     "host_over_device": seconds["host"] / seconds["device"],
     "file_over_device": seconds["file"] / seconds["device"],
@@ -103,11 +103,11 @@ def on_device(
   cfg: Config, layout: Any, batches: list, steps: int, *_: Any
 ) -> tuple[Iterator[None], Callable[[], list[bytes]]]:
   """(a generator that takes `steps` steps at a time, what the last state is in bytes)."""
-  recipe = make_recipe(cfg, layout)
-  step, last = make_train_step(recipe), {}
+  setup = make_setup(cfg, layout)
+  step, last = make_train_step(setup), {}
 
   def turns() -> Iterator[None]:
-    state = init_state(recipe, layout)
+    state = init_state(setup)
     for i, batch in enumerate(batches, 1):
       state, _ = step(state, batch)
       last["state"] = state
@@ -130,11 +130,11 @@ def on_host(
   stack: contextlib.ExitStack,
 ) -> tuple[Iterator[None], Callable[[], list[bytes]]]:
   """`on_device` for a table in host memory or in a file."""
-  recipe = make_recipe(cfg, layout)
-  rows, last = stack.enter_context(HostRows(recipe, layout, folder)), {}
+  setup = make_setup(cfg, layout)
+  rows, last = stack.enter_context(HostRows(setup, layout, folder)), {}
 
   def turns() -> Iterator[None]:
-    state = init_state(recipe, layout)
+    state = init_state(setup)
     for i, batch in enumerate(rows.ahead(batches), 1):
       state, _ = rows.step(state, batch)
       last["state"] = state
@@ -175,11 +175,11 @@ def large(
   }
   cfg = load_config(args.config, change)
   layout, steps = table_layout(cfg.model), args.steps or 30
-  recipe = make_recipe(cfg, layout)
+  setup = make_setup(cfg, layout)
   begin = time.perf_counter()
-  rows = stack.enter_context(HostRows(recipe, layout, folder))
+  rows = stack.enter_context(HostRows(setup, layout, folder))
   made = time.perf_counter() - begin
-  state, memory, times = init_state(recipe, layout), [], []
+  state, memory, times = init_state(setup), [], []
   for i, batch in enumerate(rows.ahead(random_batch(cfg, layout, i) for i in range(steps))):
     begin = time.perf_counter()
     state, metrics = rows.step(state, batch)

@@ -19,7 +19,7 @@ import jax
 from flax import nnx
 
 from engram_jax.config import EngramConfig
-from engram_jax.memory.dedup import expand, take_rows, unique_rows
+from engram_jax.memory.dedup import dedup, expand, gather_rows
 from engram_jax.memory.engram import Engram
 from engram_jax.memory.table import init_table, lookup
 
@@ -71,9 +71,9 @@ def candidates(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
 
   @jax.jit
   def touched(params, hidden, table, ids, ddelta):
-    unique = unique_rows(ids, table.shape[0])
+    unique = dedup(ids, table.shape[0])
     call = lambda params, hidden, rows: layer(params, hidden, expand(rows, unique.inverse))
-    delta, transpose = jax.vjp(call, params, hidden, take_rows(table, unique.ids_U))
+    delta, transpose = jax.vjp(call, params, hidden, gather_rows(table, unique.ids_U))
     return delta, transpose(ddelta), unique.ids_U
 
   @jax.jit

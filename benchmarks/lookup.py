@@ -36,7 +36,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from engram_jax.aot.collectives import collectives
 from engram_jax.core.mesh import make_mesh
 from engram_jax.memory.table import lookup, table_sharding
-from engram_jax.training.rows.adam import touched_row_adam
+from engram_jax.tables.optimizers.adam import adam
 from engram_jax.training.touched import ShardedRows, expand_rows
 
 DEVICES, COLUMNS = 8, 16
@@ -124,7 +124,7 @@ def normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
 def programs(mesh, capacity: float, table, ids, drows) -> dict[str, Side]:
   """Every side, compiled; each returns what the next computation would need and no more."""
   place = table_sharding(mesh)
-  rows = ShardedRows(touched_row_adam(0.1), mesh, capacity, jnp.float32)
+  rows = ShardedRows(adam(0.1), mesh, capacity, jnp.float32)
 
   def fetch(table, ids):
     fetched, _, _ = rows.fetch((table,), (), ids[None])

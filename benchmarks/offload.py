@@ -30,9 +30,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from engram_jax.commands.open_model import Opened, open_model
 from engram_jax.config import EngramConfig
 from engram_jax.inference.decoder import Decoder, Weights
+from engram_jax.inference.load import LoadedModel, load_model
 from engram_jax.inference.row_sources import DeviceRows, StoreRows
 from engram_jax.inference.stores.file import FileRows
 from engram_jax.inference.stores.host import HostRows
@@ -52,7 +52,7 @@ RATIOS = {
 
 def main() -> None:
   args = parse_args()
-  opened = open_model(args.run, None, print_nothing)
+  opened = load_model(args.run, None, print_nothing)
   prompts = validation_prompts(opened, args.batch, args.prompt_tokens)
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(tempfile.TemporaryDirectory(dir=args.folder))
@@ -88,7 +88,7 @@ def print_nothing(text: str) -> None:
   del text
 
 
-def validation_prompts(opened: Opened, count: int, length: int) -> list[list[int]]:
+def validation_prompts(opened: LoadedModel, count: int, length: int) -> list[list[int]]:
   """The first `count` stretches of `length` tokens of validation text."""
   data = opened.data()
   text, wanted = [], count * length
@@ -102,7 +102,7 @@ def validation_prompts(opened: Opened, count: int, length: int) -> list[list[int
   return [text[i * length : (i + 1) * length] for i in range(count)]
 
 
-def make_sides(stack, opened: Opened, folder: pathlib.Path, args) -> dict[str, Decoder]:
+def make_sides(stack, opened: LoadedModel, folder: pathlib.Path, args) -> dict[str, Decoder]:
   weights, tables = opened.weights, opened.tables()
   layout, compressor = weights.layout, weights.compressor
   capacity = args.prompt_tokens + args.new_tokens
@@ -122,7 +122,7 @@ def make_sides(stack, opened: Opened, folder: pathlib.Path, args) -> dict[str, D
   }
 
 
-def written(stack, opened: Opened, tables, path: pathlib.Path) -> FileRows:
+def written(stack, opened: LoadedModel, tables, path: pathlib.Path) -> FileRows:
   """The tables as a file of float32 rows, opened."""
   layout = opened.weights.layout
   by_layer = dict(zip(layout.layers, tables, strict=True))

@@ -18,10 +18,10 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
-from engram_jax.commands.open_model import Opened, open_model
+from engram_jax.inference.load import LoadedModel, load_model
 from engram_jax.memory.codecs import KINDS, decode, encode, row_bytes
 from engram_jax.training.evaluate import evaluate, make_eval_step
-from engram_jax.training.state import make_recipe
+from engram_jax.training.state import make_setup
 
 BLOCK = 65_536  # rows encoded at once
 
@@ -33,7 +33,7 @@ def main() -> None:
   parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
   args = parser.parse_args()
   say = lambda text: print(text, file=sys.stderr)
-  opened = open_model(args.run, None, say)
+  opened = load_model(args.run, None, say)
   found = measure(opened, args.batches)
   base, width = found["f32"], opened.config.model.engram.row_width
   say(f"{'rows':10}{'bytes a row':>12}{'loss':>10}{'more than f32':>16}")
@@ -44,11 +44,11 @@ def main() -> None:
     print(json.dumps({"run": str(args.run), "step": opened.step, "loss": found}))
 
 
-def measure(opened: Opened, batches: int | None) -> dict[str, float]:
+def measure(opened: LoadedModel, batches: int | None) -> dict[str, float]:
   """{encoding: mean loss in nats a token}, and "off"."""
   data = opened.data()
-  recipe = make_recipe(opened.config, data.layout)
-  on, off = (make_eval_step(recipe, memory=memory) for memory in (True, False))
+  setup = make_setup(opened.config, data.vocabulary.layout)
+  on, off = (make_eval_step(setup, memory=memory) for memory in (True, False))
   tables = opened.tables()
   found = {}
   for name in (*KINDS, "off"):

@@ -22,7 +22,7 @@ from engram_jax.config import Config, load_config
 from engram_jax.data.pipeline import prepare
 from engram_jax.model.counts import flops_per_token
 from engram_jax.training.evaluate import make_eval_step
-from engram_jax.training.state import init_state, make_recipe
+from engram_jax.training.state import init_state, make_setup
 from engram_jax.training.step import fetch_rows, loss_and_grads, make_train_step
 
 MATMUL_SIZE = 1024
@@ -77,14 +77,14 @@ def matmul() -> Callable[[], object]:
 
 def setting(cfg: Config):
   data = prepare(cfg, lambda text: print(text, file=sys.stderr))
-  recipe = make_recipe(cfg)
+  setup = make_setup(cfg)
   batch = jax.device_put(data.training_pipeline().batch_at(0))
-  return recipe, init_state(recipe, data.layout), batch
+  return setup, init_state(setup), batch
 
 
 def whole_step(cfg: Config, name: str) -> dict[str, Callable[[], object]]:
-  recipe, state, batch = setting(cfg)
-  step, kept = make_train_step(recipe), {"state": state}
+  setup, state, batch = setting(cfg)
+  step, kept = make_train_step(setup), {"state": state}
 
   def run():
     kept["state"], metrics = step(kept["state"], batch)
@@ -94,13 +94,13 @@ def whole_step(cfg: Config, name: str) -> dict[str, Callable[[], object]]:
 
 
 def parts(cfg: Config) -> dict[str, Callable[[], object]]:
-  recipe, state, batch = setting(cfg)
+  setup, state, batch = setting(cfg)
 
-  look_up = jax.jit(lambda state, batch: fetch_rows(recipe, state, batch)[0])
+  look_up = jax.jit(lambda state, batch: fetch_rows(setup, state, batch)[0])
   fetched = look_up(state, batch)
-  grads = jax.jit(lambda s, f, b: loss_and_grads(recipe, s, f, b))
-  forward = make_eval_step(recipe)
-  update = jax.jit(lambda g, s: recipe.optimizer.update(g, s.optimizer, s.params))
+  grads = jax.jit(lambda s, f, b: loss_and_grads(setup, s, f, b))
+  forward = make_eval_step(setup)
+  update = jax.jit(lambda g, s: setup.optimizer.update(g, s.optimizer, s.params))
   (backbone, _), _ = grads(state, fetched, batch)
   return {
     "part: distinct rows, gather": lambda: look_up(state, batch),

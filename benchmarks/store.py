@@ -28,7 +28,7 @@ from engram_jax.inference.stores.file import FileRows
 from engram_jax.inference.stores.table_file import TableHeader
 from engram_jax.inference.stores.write import write_table_file
 from engram_jax.memory.codecs import KINDS, row_bytes
-from engram_jax.memory.dialects import HashLayout
+from engram_jax.memory.hash_layout import HashLayout
 
 TOKENS, COLUMNS = 2048, 16
 NOBODY = "0" * 64  # no tokenizer's token map

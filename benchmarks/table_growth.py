@@ -69,19 +69,19 @@ def measure(kind: str, rows: str, repeats: int) -> dict:
   import numpy as np
   import optax
 
-  from engram_jax.memory.dedup import expand, take_rows, unique_rows
+  from engram_jax.memory.dedup import dedup, expand, gather_rows
   from engram_jax.memory.table import init_table, lookup
-  from engram_jax.training.rows.adam import touched_row_adam
+  from engram_jax.tables.optimizers.adam import adam
 
   rows = int(rows)
   ids = np.random.default_rng(0).integers(0, rows, (repeats + 3, TOKENS, COLUMNS), np.int32)
   jax.block_until_ready(jnp.zeros(8) + 1)
   before = peak_bytes()
-  optimizer = touched_row_adam(1e-3) if kind == "touched" else optax.adam(1e-3)
+  optimizer = adam(1e-3) if kind == "touched" else optax.adam(1e-3)
 
   def touched(table, state, ids):
-    unique = unique_rows(ids, table.shape[0])
-    rows_UC = take_rows(table, unique.ids_U)
+    unique = dedup(ids, table.shape[0])
+    rows_UC = gather_rows(table, unique.ids_U)
     grads_UC = jax.grad(lambda r: jnp.sum(expand(r, unique.inverse) ** 2))(rows_UC)
     return optimizer.update(grads_UC, state, table, unique.ids_U)
 

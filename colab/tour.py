@@ -57,7 +57,7 @@ from engram_jax.data.pipeline import prepare
 from engram_jax.memory.engram import Engram
 from engram_jax.memory.hashing import hash_ids_numpy
 from engram_jax.memory.table import init_table, lookup
-from engram_jax.training.state import init_state, make_recipe
+from engram_jax.training.state import init_state, make_setup
 
 # %% [markdown]
 # ## Text to canonical ids
@@ -69,7 +69,7 @@ cfg = load_config(repository / "configs" / "tiny.yaml")
 data = prepare(cfg)
 text = "The city of Paris; the City of paris"
 tokens = data.tokenizer.encode(text).ids
-canonical = data.compressor(np.array(tokens)).tolist()
+canonical = data.vocabulary.compressor(np.array(tokens)).tolist()
 for token, x in zip(tokens, canonical, strict=True):
   print(f"{data.tokenizer.decode([token])!r:12} token {token:5}  canonical {x:5}")
 
@@ -80,7 +80,7 @@ for token, x in zip(tokens, canonical, strict=True):
 # takes the remainder by a prime, another for each head. Before the start stands the pad id.
 
 # %%
-layout, layer = data.layout, data.layout.layers[0]
+layout, layer = data.vocabulary.layout, data.vocabulary.layout.layers[0]
 multipliers, primes = layout.multipliers[layer], layout.primes[layer]
 by_hand = []
 for t in range(len(canonical)):
@@ -163,10 +163,10 @@ run = root / "tour"
 cfg = open_run(run)
 words = cfg.data.model_copy(update={"tokenizer": str(run / TOKENIZER)})
 cfg = cfg.model_copy(update={"data": words})
-data, recipe = prepare(cfg), make_recipe(cfg)
+data, setup = prepare(cfg), make_setup(cfg)
 with Checkpoints(run / CHECKPOINTS, keep=None) as checkpoints:
   step = checkpoints.newest_valid(print)
-  state = checkpoints.restore(step, jax.eval_shape(lambda: init_state(recipe, data.layout)))
+  state = checkpoints.restore(step, jax.eval_shape(lambda: init_state(setup)))
 print("step", step)
 
 # %% [markdown]
@@ -178,7 +178,7 @@ print("step", step)
 # %%
 @jax.jit
 def gates(state, batch):
-  model = recipe.model(state.params, state.biases)
+  model = setup.model(state.params, state.biases)
   shape = (*batch["tokens"].shape, cfg.model.engram.memory_width)
   rows = [lookup(t, batch["row_ids"][i]).reshape(shape) for i, t in enumerate(state.tables)]
   _, probes = model(

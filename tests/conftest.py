@@ -173,9 +173,9 @@ def share_programs(commands: list[ModuleType]) -> None:
   The modules were loaded for these tests alone, so nobody else meets the changed names.
   """
   train = commands[0]
-  layouts, make_recipe = {}, train.make_recipe
-  recipe = functools.cache(lambda cfg, mesh: make_recipe(cfg, layouts[cfg], mesh))
-  made: dict[tuple, object] = {}  # by the identity of arguments: recipes live as long as this
+  layouts, make_setup = {}, train.make_setup
+  setup_of = functools.cache(lambda cfg, mesh: make_setup(cfg, layouts[cfg], mesh))
+  made: dict[tuple, object] = {}  # by the identity of arguments: setups live as long as this
 
   def once(name: str):
     function = getattr(train, name)
@@ -190,13 +190,15 @@ def share_programs(commands: list[ModuleType]) -> None:
 
   make = {name: once(name) for name in ("make_train_step", "make_eval_step", "make_next_logits")}
 
-  def shared_recipe(cfg: Config, layout: HashLayout | None = None, mesh: Mesh | None = None):
+  def shared_setup(cfg: Config, layout: HashLayout | None = None, mesh: Mesh | None = None):
+    if cfg.model.engram.on_host:  # its tables lie in this run's folder
+      return make_setup(cfg, layout, mesh)
     data = cfg.data.model_copy(update={"tokenizer": ""})
     cfg = cfg.model_copy(update={"run": RunConfig(), "data": data})
     layouts.setdefault(cfg, layout)  # no part of the key: equal configs over one text have one
-    return recipe(cfg, mesh)
+    return setup_of(cfg, mesh)
 
-  make["make_recipe"] = shared_recipe
+  make["make_setup"] = shared_setup
   for command in commands:
     for name in make.keys() & vars(command).keys():
       setattr(command, name, make[name])

@@ -30,7 +30,7 @@ class LaidOut(NamedTuple):
   sizes: dict[str, int]
 
 
-def laid_out(
+def compile_to_buffer_assignment(
   lower: Callable[..., jax.stages.Lowered], args: tuple, options: Mapping[str, Any]
 ) -> LaidOut:
   """The layout of `lower(*args)`, which runs in the other process: all must pickle.

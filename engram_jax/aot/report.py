@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from engram_jax.aot.buffers import laid_out
+from engram_jax.aot.buffers import compile_to_buffer_assignment
 from engram_jax.aot.collectives import Collective, collectives, compile_with_text
 from engram_jax.aot.hlo_cost import Rates, cost, kernels
 from engram_jax.aot.topology import Topology, abstract_devices
@@ -19,7 +19,7 @@ from engram_jax.config import Config
 from engram_jax.core.mesh import BATCH_AXES, make_mesh
 from engram_jax.errors import ConfigError
 from engram_jax.model.counts import table_layout
-from engram_jax.training.state import make_recipe, state_shapes
+from engram_jax.training.state import make_setup, state_shapes
 from engram_jax.training.step import Batch, make_train_step
 
 Lower = Callable[[Config, jax.sharding.Mesh], jax.stages.Lowered]
@@ -92,7 +92,9 @@ def layout_report(
   lower: Lower, cfg: Config, wanted: Topology, options: Mapping[str, Any]
 ) -> dict[str, Any]:
   """What is settled before machine code."""
-  text, sizes = laid_out(lower_on, (lower, cfg, wanted), {**options, **OVERSIZED})
+  text, sizes = compile_to_buffer_assignment(
+    lower_on, (lower, cfg, wanted), {**options, **OVERSIZED}
+  )
   total = sum(sizes.values()) - 2 * sizes["donated"]
   return {
     "bytes_per_device": sizes | {"total": total},
@@ -178,8 +180,8 @@ def lower_train_step(cfg: Config, mesh: Mesh) -> jax.stages.Lowered:
       "tables on the devices; give placement=device"
     )
   layout = table_layout(cfg.model)
-  recipe = make_recipe(cfg, layout, mesh)
-  return make_train_step(recipe).lower(state_shapes(recipe, layout), batch_shapes(cfg, mesh))
+  setup = make_setup(cfg, layout, mesh)
+  return make_train_step(setup).lower(state_shapes(setup), batch_shapes(cfg, mesh))
 
 
 def batch_shapes(cfg: Config, mesh: Mesh) -> Batch:

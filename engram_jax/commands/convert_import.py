@@ -28,10 +28,11 @@ from engram_jax.interop.folder import CONFIG, TOKENIZER, Folder
 from engram_jax.interop.safetensors import NAMES
 from engram_jax.interop.writer import new_folder, ranges, write_text
 from engram_jax.memory.hashing import HashLayout
-from engram_jax.training.host.records import Records, records_of
-from engram_jax.training.host.written import write_written
-from engram_jax.training.optimizer import begun_at
-from engram_jax.training.state import Recipe, TrainState, make_recipe, state_shapes
+from engram_jax.tables.row_checkpoint import write_written
+from engram_jax.tables.row_schema import RowSchema
+from engram_jax.tables.state import TableState
+from engram_jax.training.optimizer import at_step
+from engram_jax.training.state import TrainSetup, TrainState, make_setup, state_shapes, stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +49,14 @@ def main(args: Sequence[str]) -> int:
   """A run that eval.py and train.py open, of an exported folder; optimizer moments start anew."""
   own = tyro.cli(Args, prog="python -m engram_jax convert import", args=args, description=__doc__)
   with Folder(own.source) as folder:
-    cfg, step, meaning, recipe, layout = checked(folder, own.run)
-    shapes = state_shapes(recipe, layout)
+    cfg, step, meta, setup, layout = checked(folder, own.run)
+    shapes = state_shapes(setup)
     with new_folder(own.run) as part:
-      state = restored(folder, recipe, shapes, step)
-      tables = tables_off_device(folder, recipe, layout) if cfg.model.engram.on_host else []
-      scalars = lambda form: tuple(jnp.full_like(n, step) for n in form.first_scalars())
-      if tables:
-        states = tuple(t.records.scalars_alone(scalars(t.records)) for t in tables)
-        state = state._replace(row_optimizers=states)
-      files = functools.partial(write_written, tables) if tables else None
+      state = restored(folder, setup, shapes, step)
+      offloaded = exported_tables(folder, setup, layout) if setup.tables.is_offloaded else []
+      files = functools.partial(write_written, offloaded) if offloaded else None
       with Checkpoints(part / CHECKPOINTS, keep=1) as checkpoints:
-        checkpoints.save(step, state, meaning | {"next_batch": step}, files=files)
+        checkpoints.save(step, stored(state), meta | {"next_batch": step}, files=files)
       text = (own.source / TOKENIZER).read_text(encoding="utf-8")
       write_text(part / RUN_TOKENIZER, text)
       write_text(part / RUN_CONFIG, cfg.to_yaml())
@@ -74,8 +71,8 @@ class Checked(NamedTuple):
 
   config: Config
   step: int
-  meaning: dict[str, Any]
-  recipe: Recipe
+  meta: dict[str, Any]
+  setup: TrainSetup
   layout: HashLayout | None
 
 
@@ -89,13 +86,13 @@ def checked(folder: Folder, run: pathlib.Path) -> Checked:
       f"--from {folder.path}: its {CONFIG} is not one that `convert export` wrote; the memory of "
       "another model can be read with `python -m engram_jax inspect`"
     )
-  cfg, step, meaning = layout_of_runs.read_config(folder)
+  cfg, step, meta = layout_of_runs.read_config(folder)
   cfg = renamed(cfg, run)
-  _, layout = layout_of_runs.verified_layout(folder, cfg, meaning)
+  _, layout = layout_of_runs.verified_layout(folder, cfg, meta)
   layout_of_runs.check_tables(folder, cfg.model.engram, layout)
-  recipe = make_recipe(cfg, layout)
-  check_parameters(folder, state_shapes(recipe, layout))
-  return Checked(cfg, step, meaning, recipe, layout)
+  setup = make_setup(cfg, layout)
+  check_parameters(folder, state_shapes(setup))
+  return Checked(cfg, step, meta, setup, layout)
 
 
 def renamed(cfg: Config, run: pathlib.Path) -> Config:
@@ -117,52 +114,60 @@ def check_parameters(folder: Folder, shapes: TrainState) -> None:
     raise ConfigError(f"{folder.path}: {extra[0]} is no parameter of the model in its {CONFIG}")
 
 
-def restored(folder: Folder, recipe: Recipe, shapes: TrainState, step: int) -> TrainState:
-  """The state after `step` steps with the folder's numbers; optimizers are at that step of their
-  schedule and know no gradient. Without tables where these are not on the device."""
+def restored(folder: Folder, setup: TrainSetup, shapes: TrainState, step: int) -> TrainState:
+  """The state after `step` steps with the folder's numbers.
+
+  Optimizers are at that step of their schedule and know no gradient. Tables off the device have
+  their optimizer's scalars alone here: `exported_tables` are their rows.
+  """
   read = lambda part: jax.tree_util.tree_map_with_path(
     lambda path, _: jnp.asarray(folder.read(_tensor(part, path))), getattr(shapes, part)
   )
-  params = read("params")
-  layers = recipe.config.model.engram.layers if shapes.tables else ()
-  tables = tuple(
-    _padded(folder, layout_of_runs.table_name(layer), table)
-    for layer, table in zip(layers, shapes.tables, strict=True)
-  )
-  begun = lambda state: jax.tree.map(lambda x: x if x.ndim else jnp.full_like(x, step), state)
-  zero = jnp.zeros((), jnp.int32)
+  params, zero = read("params"), jnp.zeros((), jnp.int32)
   return TrainState(
     step=jnp.full((), step, jnp.int32),
     params=params,
     biases=read("biases"),
-    tables=tables,
-    optimizer=begun_at(jax.jit(recipe.optimizer.init)(params), step),
-    row_optimizers=tuple(begun(jax.jit(recipe.rows.optimizer.init)(table)) for table in tables),
-    bad_in_row=zero,
-    bad_total=zero,
+    tables=_table_state(folder, setup, shapes, step),
+    optimizer=at_step(jax.jit(setup.optimizer.init)(params), step),
+    nonfinite_streak=zero,
+    nonfinite_total=zero,
   )
+
+
+def _table_state(folder: Folder, setup: TrainSetup, shapes: TrainState, step: int) -> TableState:
+  if setup.tables.is_offloaded:
+    scalars = lambda schema: tuple(jnp.full_like(n, step) for n in schema.first_scalars())
+    schemas = setup.tables.schemas.items()
+    return TableState({}, {n: s.scalars_alone(scalars(s)) for n, s in schemas})
+  tables = {
+    n: _padded(folder, layout_of_runs.table_name(n), like)
+    for n, like in shapes.tables.tables.items()
+  }
+  begin = jax.jit(setup.tables.optimizer.init)
+  at = lambda state: jax.tree.map(lambda x: x if x.ndim else jnp.full_like(x, step), state)
+  return TableState(tables, {n: at(begin(table)) for n, table in tables.items()})
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportedTable:
-  """A table in an exported folder, as records of rows that all were written."""
+  """A table in an exported folder, as records of rows that were all written."""
 
   folder: Folder
   name: str
-  records: Records
+  schema: RowSchema
 
   def written(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(ids int32 [n], records [n]) of all rows in order, a block at a time."""
-    for start, stop in ranges(self.records.rows, self.records.dtype.itemsize):
+    for start, stop in ranges(self.schema.rows, self.schema.dtype.itemsize):
       rows_UC = self.folder.read(self.name, start, stop)
-      yield np.arange(start, stop, dtype=np.int32), self.records.begun(rows_UC)
+      yield np.arange(start, stop, dtype=np.int32), self.schema.fresh_records(rows_UC)
 
 
-def tables_off_device(folder: Folder, recipe: Recipe, layout: HashLayout) -> list[ExportedTable]:
+def exported_tables(folder: Folder, setup: TrainSetup, layout: HashLayout) -> list[ExportedTable]:
   """The folder's tables for a checkpoint of a run that does not have them on the device."""
-  forms = records_of(recipe.rows.optimizer, recipe.config.model.engram, layout)
-  names = map(layout_of_runs.table_name, layout.layers)
-  return [ExportedTable(folder, name, form) for name, form in zip(names, forms, strict=True)]
+  schemas, name = setup.tables.schemas, layout_of_runs.table_name
+  return [ExportedTable(folder, name(n), schemas[n]) for n in layout.layers]
 
 
 def _padded(folder: Folder, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -11,16 +11,13 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from engram_jax.commands.open_model import chosen_step, table_source
-from engram_jax.core.checkpoint import Checkpoints
-from engram_jax.core.run_directory import CHECKPOINTS, open_run
 from engram_jax.errors import ConfigError
+from engram_jax.inference.load import table_source
 from engram_jax.inference.stores.file import FileRows
 from engram_jax.inference.stores.table_file import TableHeader
 from engram_jax.inference.stores.write import require_new, write_table_file
 from engram_jax.memory.codecs import Kind
-from engram_jax.memory.hashing import HashLayout
-from engram_jax.training.saved_rows import saved_rows
+from engram_jax.tables.saved_run import load_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,19 +46,16 @@ def main(args: Sequence[str]) -> int:
   """A run's tables as one file that generation reads row by row."""
   own = tyro.cli(Args, prog="python -m engram_jax convert table", args=args, description=__doc__)
   require_new(own.to)
-  cfg = open_run(own.run)
-  say = lambda text: print(text, file=sys.stderr)
+  log = lambda text: print(text, file=sys.stderr)
   begin = time.perf_counter()
-  with Checkpoints(own.run / CHECKPOINTS, keep=None) as checkpoints:
-    step = chosen_step(checkpoints, own.run, own.step, say)
-    meta = checkpoints.meta(step)
-    if meta["hash_layout"] is None:
+  with load_run(own.run, own.step, log) as saved:
+    layout = saved.layout
+    if layout is None:
       raise ConfigError(f"--run {own.run} was trained without a memory: it has no tables")
-    layout = HashLayout.from_description(meta["hash_layout"])
     with tqdm(total=sum(layout.rows.values()), unit="row", unit_scale=True, file=sys.stderr) as bar:
 
       def blocks(layer: int):
-        for rows_UC in saved_rows(checkpoints, step, cfg, layout, layer):
+        for rows_UC in saved.rows(layer):
           yield rows_UC.astype(np.float32, copy=False)
           bar.update(len(rows_UC))
 
@@ -69,10 +63,10 @@ def main(args: Sequence[str]) -> int:
         own.to,
         blocks,
         layout,
-        meta["token_map_digest"],
+        saved.meta["token_map_digest"],
         kind=own.dtype,
-        width=cfg.model.engram.row_width,
-        source=table_source(own.run, step, checkpoints),
+        width=saved.config.model.engram.row_width,
+        source=table_source(saved),
       )
   _show(own.to, header, own.json, seconds=round(time.perf_counter() - begin, 3))
   return 0

@@ -12,10 +12,16 @@ from typing import Any
 
 import tyro
 
-from engram_jax.commands.open_model import LONGEST_CONTEXT, Opened, Rows, check_room, open_model
 from engram_jax.errors import ConfigError
 from engram_jax.inference.completion import Completion, complete, encode
 from engram_jax.inference.decoder import Decoder
+from engram_jax.inference.load import (
+  LONGEST_CONTEXT,
+  LoadedModel,
+  PlacementArgs,
+  check_room,
+  load_model,
+)
 from engram_jax.inference.row_sources import StoreRows
 from engram_jax.inference.sampling import Sampling
 
@@ -45,7 +51,7 @@ class Args:
   """Strings that end a text."""
   guesses: int = 0
   """Tokens guessed ahead from the text itself and checked, a step; changes the speed alone."""
-  rows: tyro.conf.OmitArgPrefixes[Rows] = dataclasses.field(default_factory=Rows)
+  rows: tyro.conf.OmitArgPrefixes[PlacementArgs] = dataclasses.field(default_factory=PlacementArgs)
   step: int | None = None
   """Checkpoint to use; the newest one that is sound if left out."""
   json: bool = False
@@ -56,8 +62,8 @@ def main(args: Sequence[str]) -> int:
   """Continues prompts; tables on the device, in host memory or in a file."""
   own = tyro.cli(Args, prog="python -m engram_jax generate", args=args, description=__doc__)
   sampling = _check(own)
-  say = lambda text: print(text, file=sys.stderr)
-  opened = open_model(own.run, own.step, say)
+  log = lambda text: print(text, file=sys.stderr)
+  opened = load_model(own.run, own.step, log)
   with contextlib.ExitStack() as stack:
     source = opened.source(stack, own.rows)
     # What is compiled for one capacity serves all lines of a conversation that need no more.
@@ -99,7 +105,7 @@ def _check_text(text: str, what: str) -> None:
 
 def _answer(
   own: Args,
-  opened: Opened,
+  opened: LoadedModel,
   decoder_of: Callable[[int], Decoder],
   sampling: Sampling,
   prompts: Sequence[str],
@@ -135,7 +141,7 @@ def _answer(
 
 
 def _converse(
-  own: Args, opened: Opened, decoder_of: Callable[[int], Decoder], sampling: Sampling
+  own: Args, opened: LoadedModel, decoder_of: Callable[[int], Decoder], sampling: Sampling
 ) -> int:
   print("a prompt a line; end of file ends", file=sys.stderr)
   try:
@@ -154,7 +160,7 @@ def _capacity(tokens: int) -> int:
 
 
 def _result(
-  own: Args, opened: Opened, source: Any, done: list[Completion], seconds: float
+  own: Args, opened: LoadedModel, source: Any, done: list[Completion], seconds: float
 ) -> dict[str, Any]:
   result = {
     "run": str(own.run),

@@ -21,7 +21,7 @@ from engram_jax.aot.topology import Topology, topology
 from engram_jax.cli import parse_config
 from engram_jax.config import Config
 from engram_jax.errors import ConfigError
-from engram_jax.memory.dialects import HashLayout
+from engram_jax.memory.hash_layout import HashLayout
 from engram_jax.model.counts import Counts, count, flops_per_token, table_layout
 
 PAD_MULTIPLE = 1024  # as in memory/table.py, which imports jax; a test holds the two equal

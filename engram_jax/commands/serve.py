@@ -19,10 +19,16 @@ from typing import Any
 
 import tyro
 
-from engram_jax.commands.open_model import LONGEST_CONTEXT, Opened, Rows, check_room, open_model
 from engram_jax.core.signals import StopRequest
 from engram_jax.errors import ConfigError
 from engram_jax.inference.decoder import Decoder
+from engram_jax.inference.load import (
+  LONGEST_CONTEXT,
+  LoadedModel,
+  PlacementArgs,
+  check_room,
+  load_model,
+)
 
 API_KEY = "ENGRAM_API_KEY"
 
@@ -46,8 +52,8 @@ class Args:
   """Tokens a request can hold, prompt and continuation."""
   chunk: int = 128
   """Tokens of a prompt that are read between two tokens of the running requests."""
-  rows: tyro.conf.OmitArgPrefixes[Rows] = dataclasses.field(
-    default_factory=lambda: Rows(deadline=30.0)
+  rows: tyro.conf.OmitArgPrefixes[PlacementArgs] = dataclasses.field(
+    default_factory=lambda: PlacementArgs(deadline=30.0)
   )
   chat_template: pathlib.Path | None = None
   """A Jinja file; if left out, chat_template.jinja or the chat_template of tokenizer_config.json in
@@ -61,14 +67,14 @@ def main(args: Sequence[str]) -> int:
   own = tyro.cli(Args, prog="python -m engram_jax serve", args=args, description=__doc__)
   key = own.api_key if own.api_key is not None else os.environ.get(API_KEY)
   check(own, key)
-  say = lambda text: print(text, file=sys.stderr, flush=True)
-  opened = open_model(own.run, own.step, say)
+  log = lambda text: print(text, file=sys.stderr, flush=True)
+  opened = load_model(own.run, own.step, log)
   check_room(opened, own.slots, own.capacity, f"--slots {own.slots} --capacity {own.capacity}")
   template, names = read_template(own.run, own.chat_template)
   with contextlib.ExitStack() as stack:
     source = opened.source(stack, own.rows)
     decoder = Decoder(opened.weights, source, own.capacity, chunk=min(own.chunk, own.capacity))
-    return _serve(own, key, opened, decoder, template, names, say)
+    return _serve(own, key, opened, decoder, template, names, log)
 
 
 def check(own: Args, key: str | None) -> None:
@@ -148,11 +154,11 @@ def _content(token: Any) -> Any:
 def _serve(
   own: Args,
   key: str | None,
-  opened: Opened,
+  opened: LoadedModel,
   decoder: Decoder,
   template: str | None,
   names: Mapping[str, str],
-  say: Any,
+  log: Any,
 ) -> int:
   # Here, not above: the other commands do without the extra.
   from engram_jax.serve.api import LOOPBACK, Service, make_app
@@ -165,16 +171,16 @@ def _serve(
   stop_ids = {opened.end_id} | ({end} if end is not None else set())
   engine = Engine(decoder, opened.tokenizer, slots=own.slots, queue=own.queue, stop_ids=stop_ids)
   with StopRequest() as stop, engine:
-    say(f"compiling for {own.slots} requests of {own.capacity} tokens ...")
+    log(f"compiling for {own.slots} requests of {own.capacity} tokens ...")
     warm(engine)
     hosts = LOOPBACK | {own.host.lower()} if key is None else None
     name = own.run.resolve().name
     app = make_app(Service(engine, words, name, key, hosts))
-    opened_at = lambda address: say(f"serving {name}, step {opened.step}: {address}")
+    opened_at = lambda address: log(f"serving {name}, step {opened.step}: {address}")
     server = Server(app, own.host.strip("[]"), own.port, opened_at)
     if not stop.requested:
       _run(server, own)
-  say("stopped")
+  log("stopped")
   return 0
 
 

@@ -9,6 +9,8 @@ refused with both numbers. Loading a config runs no code and touches no device.
 
 from engram_jax.config.load import build, explain, fields, load_config, nearest
 from engram_jax.config.model import (
+  DIALECTS,
+  TABLE_OPTIMIZERS,
   AttentionConfig,
   EngramConfig,
   ModelConfig,
@@ -29,7 +31,9 @@ from engram_jax.config.run import (
 )
 
 __all__ = [
+  "DIALECTS",
   "FILE_SOURCES",
+  "TABLE_OPTIMIZERS",
   "AttentionConfig",
   "Config",
   "DataConfig",

@@ -1,5 +1,6 @@
 """What every section of a config is made of."""
 
+import pathlib
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -11,6 +12,16 @@ Rate = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 MAX_ROWS = 2**31 - 1  # row ids are int32, offsets included
+
+
+def module_names(folder: str) -> tuple[str, ...]:
+  """Names of the modules in a folder of the package, none of which is imported."""
+  found = (pathlib.Path(__file__).parents[1] / folder).glob("[a-z]*.py")
+  return tuple(sorted(path.stem for path in found))
+
+
+DIALECTS = module_names("memory/dialects")
+TABLE_OPTIMIZERS = module_names("tables/optimizers")
 
 
 class Frozen(pydantic.BaseModel):
@@ -41,7 +52,8 @@ class EngramConfig(Frozen):
   """Of the hash multipliers."""
   pad_id: Count = 2
   """Raw id that stands before the start of a text."""
-  dialect: Literal["engram", "deepseek_v41", "qwen_ple"] = "engram"
+  dialect: Literal[DIALECTS] = "engram"  # pyright: ignore[reportInvalidTypeForm]
+  """A file of memory/dialects."""
   gate: Literal["signed_sqrt", "sigmoid"] = "signed_sqrt"
   bias: bool = False
   """On the key and value projections (the demo has it, V4.1 has not)."""

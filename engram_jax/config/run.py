@@ -7,7 +7,16 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from engram_jax.config.model import Count, Fraction, Frozen, ModelConfig, Positive, Rate, require
+from engram_jax.config.model import (
+  TABLE_OPTIMIZERS,
+  Count,
+  Fraction,
+  Frozen,
+  ModelConfig,
+  Positive,
+  Rate,
+  require,
+)
 from engram_jax.errors import ConfigError
 
 FILE_SOURCES = ("text", "jsonl", "parquet", "array_record")
@@ -89,8 +98,9 @@ class OptimizerConfig(Frozen):
   """Of all gradients together, tables included; 0 = off."""
   table_rate: Annotated[float, Field(gt=0)] = 5.0
   """Tables' learning rate over the backbone's."""
-  table: Literal["adam", "adam_catch_up", "adagrad", "sinkhorn"] = "adam"
-  """Adam on touched rows; the same equal to dense Adam; row-wise Adagrad; V4.1's momentum."""
+  table: Literal[TABLE_OPTIMIZERS] = "adam"  # pyright: ignore[reportInvalidTypeForm]
+  """A file of tables/optimizers: Adam on touched rows; the same equal to dense Adam; row-wise
+  Adagrad; V4.1's momentum."""
 
 
 class TrainConfig(Frozen):

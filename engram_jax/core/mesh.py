@@ -6,8 +6,10 @@ experts, `tensor` the width of matrices. Memory tables are sharded over all four
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -63,7 +65,17 @@ def platform(mesh: Mesh | None) -> str:
   return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
-ROW_IDS = "row_ids"  # [L, B, T, J]; every other array of a batch is [B, T]
+def compute_dtype(name: str, platform: str | None = None) -> Any:
+  """The dtype of activations: as named, or for "auto" float32 on CPU and bfloat16 elsewhere.
+
+  platform: of the devices that will compute; default: this process's.
+  """
+  if name == "auto":
+    return jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16
+  return jnp.dtype(name)
+
+
+STACKED = ("row_ids", "slots")  # [L, B, T, J]; every other array of a batch is [B, T]
 
 
 def process_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
@@ -99,7 +111,7 @@ def to_global(local: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> d
 def _global(
   array: np.ndarray, name: str, sharding: NamedSharding, rows: np.ndarray, batch_size: int
 ) -> jax.Array:
-  axis = 1 if name == ROW_IDS else 0
+  axis = 1 if name in STACKED else 0
   shape = (*array.shape[:axis], batch_size, *array.shape[axis + 1 :])
   assert array.shape[axis] == len(rows), f"{name} has {array.shape[axis]} rows, not {len(rows)}"
 

@@ -11,15 +11,15 @@ import numpy as np
 
 from engram_jax.data.corpus import Corpus
 from engram_jax.memory.compress import TokenCompressor
-from engram_jax.memory.dialects import HashLayout
-from engram_jax.memory.hashing import hash_ids_numpy
+from engram_jax.memory.hash_layout import HashLayout
+from engram_jax.memory.vocabulary import stacked_row_ids
 
 Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class RowIds:
-  """Tokens -> canonical ids -> rows of each memory layer's table."""
+class RowIdEncoder:
+  """Tokens -> canonical ids -> row ids of each memory layer's table."""
 
   layout: HashLayout
   compressor: TokenCompressor
@@ -27,23 +27,17 @@ class RowIds:
 
   def __call__(self, tokens_BT: np.ndarray, segments_BT: np.ndarray) -> np.ndarray:
     """int32 [L, B, T, J], offsets included: one [B, T, J] per memory layer, in their order."""
-    ids_BT = self.compressor(tokens_BT)
-    segments = segments_BT if self.reset_at_documents else None
-    layers = self.layout.layers
-    row_ids = np.empty((len(layers), *tokens_BT.shape, self.layout.columns), np.int32)
-    for out, layer in zip(row_ids, layers, strict=True):
-      offsets_J = np.array(self.layout.offsets[layer], np.int32)
-      np.add(hash_ids_numpy(self.layout, layer, ids_BT, segments), offsets_J, out=out)
-    return row_ids
+    segments_BT = segments_BT if self.reset_at_documents else None
+    return stacked_row_ids(self.layout, self.compressor, tokens_BT, segments_BT)
 
 
 @dataclasses.dataclass(frozen=True)
-class Windows:
+class PackedExamples:
   """The windows of a corpus, T tokens each; called with window indices, it makes their batch."""
 
   corpus: Corpus
   length: int
-  row_ids: RowIds | None
+  row_ids: RowIdEncoder | None
 
   def __len__(self) -> int:
     """Whole windows; a tail shorter than T + 1 tokens is not among them."""
@@ -88,11 +82,11 @@ class Windows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class BatchSlice:
   """Called with the windows of a whole batch, it makes only some of the batch's rows."""
 
-  windows: Windows
+  examples: PackedExamples
   rows: np.ndarray | slice
 
   def __call__(self, windows_B: np.ndarray) -> Batch:
-    return self.windows(np.asarray(windows_B)[self.rows])
+    return self.examples(np.asarray(windows_B)[self.rows])

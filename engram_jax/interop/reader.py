@@ -24,7 +24,7 @@ from engram_jax.interop import engram_format as own
 from engram_jax.interop.folder import Folder
 from engram_jax.interop.memory import Memory
 from engram_jax.memory.engram import Engram
-from engram_jax.memory.hashing import hash_ids_numpy
+from engram_jax.memory.hashing import row_ids
 
 LAYOUTS: tuple[ModuleType, ...] = (own, deepseek, qwen)
 
@@ -119,9 +119,7 @@ class MemoryReader:
 
     segments_BT, mask_BT: as in `memory.hashing.hash_ids_numpy`.
     """
-    layout = self.memory.layout
-    ids = hash_ids_numpy(layout, layer, canonical_BT, segments_BT, mask_BT=mask_BT)
-    return ids + np.asarray(layout.offsets[layer], np.int32)
+    return row_ids(self.memory.layout, layer, canonical_BT, segments_BT, mask_BT=mask_BT)
 
   def rows(self, layer: int, row_ids: np.ndarray) -> np.ndarray:
     """float32 [..., C], dequantised; each distinct row is read once. ValueError for a bad id."""

@@ -1,22 +1,24 @@
 """Rows over a mesh: ids go to the devices that own the rows, rows come back, nothing is dropped.
 
-A table's rows lie on D devices, r on each. Everything here is one device's part and runs inside
+A table's rows lie on P devices, r on each. Everything here is one device's part and runs inside
 `shard_map`; what travels does so by all-to-all over all axes of the mesh, flattened:
 
-    wants = [wanted(ids_n, s)]                my distinct ids: those of one owner lie together
-    main  = ask(wants, [s])                   ids -> owners
-    rows  = fetch(read, (), wants, main, ...) rows -> me, [U, C]
-    send_back(grads_UC, main, [s])            summed gradients of my rows -> owners
+    requests = [make_requests(ids_n, p)]            my distinct ids: those of one owner lie together
+    main = send_requests(requests, [p])             ids -> owners
+    rows = fetch_rows(read, (), requests, main,...) rows -> me, [U, C]
+    send_gradients(grads_UC, main, [p])             summed gradients of my rows -> owners
 
 The shapes of an all-to-all are fixed: the main round carries at most `slots` ids between any two
-devices. Ids above that travel in further, smaller rounds, the same number on every device: the
+devices. Ids above that travel in smaller overflow rounds, the same number on every device: the
 devices agree on each by themselves, so the host is never asked.
 
-A round serves a range of each owner's rows, not a share of each wish list. Two devices that want
-one row then send its gradients in the same round, so an owner sees a row's whole gradient at once,
-which is what an optimizer must have, and never stores more than a round's gradients. A range ends
-where the first device has no slot left for it, so that each round fills some device's slots: how
-many rounds there are depends on how many ids are wanted, not on where in the table they lie.
+A round serves a range of each owner's rows, not a share of each list of requests. Two devices that
+want one row then send its gradients in the same round, so an owner sees a row's whole gradient at
+once, which is what an optimizer must have, and never stores more than a round's gradients. A range
+ends where the first device has no slot left for it, so that each round fills some device's slots:
+how many rounds there are depends on how many ids are requested, not on where in the table they lie.
+
+Local letters: P, devices; S, slots between two of them in a round; U, distinct ids of a device.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,27 +28,30 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from engram_jax.memory.dedup import FILL, UniqueRows, unique_rows
+from engram_jax.memory.dedup import FILL, UniqueRows, dedup
 
-SPARE = 16  # a further round has 1 / SPARE of the slots, but at least 8
+OVERFLOW_SHARE = 16  # an overflow round has 1 / OVERFLOW_SHARE of the slots, but at least 8
 
 
-class Shards(NamedTuple):
-  """Static: how one table lies on the mesh, and how much a round carries.
+class Partition(NamedTuple):
+  """Static: how one table is divided over the mesh, and how much a round carries.
 
-  axes: of the mesh, all of them. devices: D. rows: r, on each device. slots, spare: ids between two
-  devices in the main round and in a further one; spare is 0 where the main round carries all.
+  axes: of the mesh, all of them. devices: P. rows: r, on each device. slots, overflow_slots: ids
+  between two devices in the main round and in an overflow round; overflow_slots is 0 where the main
+  round carries all.
   """
 
   axes: tuple[str, ...]
   devices: int
   rows: int
   slots: int
-  spare: int
+  overflow_slots: int
 
 
-def shards(axes: Sequence[str], devices: int, rows: int, ids: int, capacity: float) -> Shards:
-  """The exchange of a table with `rows` rows on each device, for `ids` row ids on each device.
+def make_partition(
+  axes: Sequence[str], devices: int, rows: int, ids: int, capacity: float
+) -> Partition:
+  """The partition of a table with `rows` rows on each device, for `ids` row ids on each device.
 
   capacity: rows that the main round carries, over the ids: 1.25 leaves room for hashed ids that are
   nearly all distinct, less saves bytes where many repeat. It changes how long a lookup takes, never
@@ -54,195 +59,211 @@ def shards(axes: Sequence[str], devices: int, rows: int, ids: int, capacity: flo
   """
   most = min(ids, rows)  # distinct ids that one device can want of another
   slots = min(most, -(-int(capacity * ids + 1) // devices) + 8)
-  spare = 0 if slots == most else min(max(slots // SPARE, 8), slots)
-  return Shards(tuple(axes), devices, rows, slots, spare)
+  overflow = 0 if slots == most else min(max(slots // OVERFLOW_SHARE, 8), slots)
+  return Partition(tuple(axes), devices, rows, slots, overflow)
 
 
-class Wanted(NamedTuple):
+class Requests(NamedTuple):
   """One device's distinct ids of one table.
 
-  ids_U: int32, rising, then FILL. inverse: places in ids_U, shaped as the ids. count: distinct ids.
-  main_D: uint32, the first row of each owner that the main round does not serve.
+  ids_U: int32, rising, then FILL. inverse: positions in ids_U, shaped as the ids. count: int32,
+  distinct ids. main_end_P: uint32, the first row of each owner that the main round does not serve.
   """
 
   ids_U: jax.Array
   inverse: jax.Array
   count: jax.Array
-  main_D: jax.Array
+  main_end_P: jax.Array
 
 
-def wanted(row_ids: jax.Array, s: Shards) -> Wanted:
+def make_requests(row_ids: jax.Array, p: Partition) -> Requests:
   """The distinct ids of this device. Ids outside the table count as FILL; their rows are NaN."""
-  total = s.devices * s.rows
+  total = p.devices * p.rows
   inside = (row_ids >= 0) & (row_ids.astype(jnp.uint32) < total)
-  unique = unique_rows(jnp.where(inside, row_ids, FILL), total + 1)
-  low_D = jnp.zeros(s.devices, jnp.uint32)
-  main_D = _until(unique.ids_U, s, low_D, s.slots) if s.spare else low_D + jnp.uint32(s.rows)
-  return Wanted(unique.ids_U, unique.inverse, unique.count, main_D)
+  unique = dedup(jnp.where(inside, row_ids, FILL), total + 1)
+  start_P = jnp.zeros(p.devices, jnp.uint32)
+  if p.overflow_slots:
+    end_P = _range_end(unique.ids_U, p, start_P, p.slots)
+  else:
+    end_P = start_P + jnp.uint32(p.rows)
+  return Requests(unique.ids_U, unique.inverse, unique.count, end_P)
 
 
-def _until(ids_U: jax.Array, s: Shards, low_D: jax.Array, slots: int) -> jax.Array:
-  """The ends of the longest ranges from `low_D` on, one for each owner and the same on every
+def _range_end(ids_U: jax.Array, p: Partition, low_P: jax.Array, slots: int) -> jax.Array:
+  """The ends of the longest ranges from `low_P` on, one for each owner and the same on every
   device, of which no device wants more than `slots` rows."""
-  start_D, stop_D = _places(ids_U, s, low_D, jnp.full_like(low_D, s.rows))
-  beyond_D = ids_U.astype(jnp.uint32).at[start_D + slots].get(mode="fill", fill_value=0)
-  own_D = jnp.where(start_D + slots < stop_D, beyond_D - _first(s), jnp.uint32(s.rows))
-  return lax.pmin(own_D, s.axes)
+  start_P, stop_P = _positions(ids_U, p, low_P, jnp.full_like(low_P, p.rows))
+  beyond_P = ids_U.astype(jnp.uint32).at[start_P + slots].get(mode="fill", fill_value=0)
+  is_full_P = start_P + slots < stop_P
+  end_P = jnp.where(is_full_P, beyond_P - _first_rows(p), jnp.uint32(p.rows))
+  return lax.pmin(end_P, p.axes)
 
 
-def _first(s: Shards) -> jax.Array:
-  """The first row of each owner, uint32 [D]."""
-  return jnp.arange(s.devices, dtype=jnp.uint32) * jnp.uint32(s.rows)
+def _first_rows(p: Partition) -> jax.Array:
+  """The first row of each owner, uint32 [P]."""
+  return jnp.arange(p.devices, dtype=jnp.uint32) * jnp.uint32(p.rows)
 
 
-def _places(
-  ids_U: jax.Array, s: Shards, low_D: jax.Array, high_D: jax.Array
+def _positions(
+  ids_U: jax.Array, p: Partition, low_P: jax.Array, high_P: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Where in ids_U the rows [low, high) of each owner begin and end, int32."""
-  first_D = _first(s)
-  edges = jnp.concatenate([first_D + low_D, first_D + high_D])
+  """Where in ids_U the rows [low, high) of each owner begin and end, int32 [P] each."""
+  first_P = _first_rows(p)
+  edges = jnp.concatenate([first_P + low_P, first_P + high_P])
   ends = jnp.searchsorted(ids_U.astype(jnp.uint32), edges).astype(jnp.int32)
-  return ends[: s.devices], ends[s.devices :]
+  return ends[: p.devices], ends[p.devices :]
 
 
-def _address(ids_U: jax.Array, s: Shards) -> tuple[jax.Array, jax.Array]:
-  """Owner and row there. uint32: the last row's id may be the largest int32."""
-  ids_U = ids_U.astype(jnp.uint32)
-  return ids_U // jnp.uint32(s.rows), ids_U % jnp.uint32(s.rows)
+class _Sent(NamedTuple):
+  """One device's requests of one round.
+
+  rows_PS: int32 rows of each owner, `p.rows` in an empty slot. position_PS: int32 positions in
+  ids_U, past its end in an empty slot. start_P: the first of them. low_P, high_P: uint32, the
+  ranges of rows that the round serves.
+  """
+
+  rows_PS: jax.Array
+  position_PS: jax.Array
+  start_P: jax.Array
+  low_P: jax.Array
+  high_P: jax.Array
 
 
-class _Slots(NamedTuple):
-  """What one device asks in one round: rows_DS int32 of each owner, `s.rows` where a slot is empty;
-  place_DS in ids_U, past its end where empty; start_D and the ranges [low_D, high_D)."""
-
-  rows_DS: jax.Array
-  place_DS: jax.Array
-  start_D: jax.Array
-  low_D: jax.Array
-  high_D: jax.Array
-
-
-def _slots(ids_U: jax.Array, s: Shards, low_D: jax.Array, high_D: jax.Array, slots: int) -> _Slots:
-  start_D, stop_D = _places(ids_U, s, low_D, high_D)
-  place_DS = start_D[:, None] + jnp.arange(slots, dtype=jnp.int32)
-  place_DS = jnp.where(place_DS < stop_D[:, None], place_DS, ids_U.size)
-  rows_DS = ids_U.astype(jnp.uint32).at[place_DS].get(mode="fill", fill_value=0)
-  rows_DS = (rows_DS - _first(s)[:, None]).astype(jnp.int32)
-  rows_DS = jnp.where(place_DS < ids_U.size, rows_DS, s.rows)
-  return _Slots(rows_DS, place_DS, start_D, low_D, high_D)
+def _requests_in_range(
+  ids_U: jax.Array, p: Partition, low_P: jax.Array, high_P: jax.Array, slots: int
+) -> _Sent:
+  start_P, stop_P = _positions(ids_U, p, low_P, high_P)
+  position_PS = start_P[:, None] + jnp.arange(slots, dtype=jnp.int32)
+  position_PS = jnp.where(position_PS < stop_P[:, None], position_PS, ids_U.size)
+  rows_PS = ids_U.astype(jnp.uint32).at[position_PS].get(mode="fill", fill_value=0)
+  rows_PS = (rows_PS - _first_rows(p)[:, None]).astype(jnp.int32)
+  rows_PS = jnp.where(position_PS < ids_U.size, rows_PS, p.rows)
+  return _Sent(rows_PS, position_PS, start_P, low_P, high_P)
 
 
 class Round(NamedTuple):
-  """What this device asks of each table in one round, and the rows [D, S] that are asked of it
-  (its row count where a slot is empty)."""
+  """What this device requests of each table in one round, and the rows [P, S] that are requested of
+  it (its row count where a slot is empty)."""
 
-  asked: list[_Slots]
+  sent: list[_Sent]
   received: list[jax.Array]
 
 
-def ask(
-  wants: Sequence[Wanted], layout: Sequence[Shards], received: Sequence[jax.Array] | None = None
+def send_requests(
+  requests: Sequence[Requests],
+  partitions: Sequence[Partition],
+  received: Sequence[jax.Array] | None = None,
 ) -> Round:
-  """The main round's ids travel to their owners; or have done so, where `received` is given."""
-  pairs = list(zip(wants, layout, strict=True))
-  asked = [_slots(w.ids_U, s, jnp.zeros_like(w.main_D), w.main_D, s.slots) for w, s in pairs]
+  """Sends the main round's ids to their owners; `received`: what came, where that was done before.
+
+  This all-to-all carries row ids, int32 [P, S] of each table.
+  """
+  pairs = list(zip(requests, partitions, strict=True))
+  sent = [
+    _requests_in_range(r.ids_U, p, jnp.zeros_like(r.main_end_P), r.main_end_P, p.slots)
+    for r, p in pairs
+  ]
   if received is None:
-    received = _spread([a.rows_DS for a in asked], layout)
-  return Round(asked, list(received))
+    received = _all_to_all([s.rows_PS for s in sent], partitions)
+  return Round(sent, list(received))
 
 
-def in_further_rounds(
+def overflow_rounds(
   body: Callable[[Any, Round], Any],
   carry: Any,
-  wants: Sequence[Wanted],
-  layout: Sequence[Shards],
+  requests: Sequence[Requests],
+  partitions: Sequence[Partition],
 ) -> tuple[Any, jax.Array]:
-  """`carry = body(carry, round)` for each further round, and how many there were: int32, the same
-  on every device. No code where the main round carries all."""
-  if not any(s.spare for s in layout):
+  """Runs `carry = body(carry, round)` for each overflow round; returns carry and their number.
+
+  The number is int32 and the same on every device. No code where the main round carries all.
+  """
+  if not any(p.overflow_slots for p in partitions):
     return carry, jnp.int32(0)
 
-  def step(at: tuple[jax.Array, list[jax.Array], Any]) -> tuple[jax.Array, list[jax.Array], Any]:
-    k, low, carry = at
-    asked = []
-    for w, s, low_D in zip(wants, layout, low, strict=True):
-      slots = max(s.spare, 1)
-      asked.append(_slots(w.ids_U, s, low_D, _until(w.ids_U, s, low_D, slots), slots))
-    carry = body(carry, Round(asked, _spread([a.rows_DS for a in asked], layout)))
-    return k + 1, [a.high_D for a in asked], carry
+  def step(loop: tuple[jax.Array, list[jax.Array], Any]) -> tuple[jax.Array, list[jax.Array], Any]:
+    k, low, carry = loop
+    sent = []
+    for r, p, low_P in zip(requests, partitions, low, strict=True):
+      slots = max(p.overflow_slots, 1)
+      end_P = _range_end(r.ids_U, p, low_P, slots)
+      sent.append(_requests_in_range(r.ids_U, p, low_P, end_P, slots))
+    carry = body(carry, Round(sent, _all_to_all([s.rows_PS for s in sent], partitions)))
+    return k + 1, [s.high_P for s in sent], carry
 
-  def left(at: tuple[jax.Array, list[jax.Array], Any]) -> jax.Array:
-    ends = [(low_D < s.rows).any() for low_D, s in zip(at[1], layout, strict=True)]
+  def is_left(loop: tuple[jax.Array, list[jax.Array], Any]) -> jax.Array:
+    ends = [(low_P < p.rows).any() for low_P, p in zip(loop[1], partitions, strict=True)]
     return jnp.stack(ends).any()
 
-  start = (jnp.int32(0), [w.main_D for w in wants], carry)
-  rounds, _, carry = lax.while_loop(left, step, start)
+  start = (jnp.int32(0), [r.main_end_P for r in requests], carry)
+  rounds, _, carry = lax.while_loop(is_left, step, start)
   return carry, rounds
 
 
-def fetch(
+def fetch_rows(
   read: Callable[[Any, list[jax.Array]], tuple[Any, list[jax.Array]]],
   carry: Any,
-  wants: Sequence[Wanted],
+  requests: Sequence[Requests],
   main: Round,
-  layout: Sequence[Shards],
+  partitions: Sequence[Partition],
   like: jax.ShapeDtypeStruct,
 ) -> tuple[Any, list[jax.Array]]:
-  """(carry, rows [U, C] of each table that this device wants, at the places of `ids_U`).
+  """Fetches the requested rows; returns carry and rows [U, C] of each table, ordered as `ids_U`.
 
   One exchange serves all tables. `carry, rows = read(carry, ids)` is called once a round, with the
-  rows [D, S] asked of this device for each table, and gives their values [D, S, C].
+  rows [P, S] requested of this device for each table, and gives their values [P, S, C].
 
   like: width C and dtype of what `read` gives, the same for all tables.
   """
-  nothing = [jnp.full((w.ids_U.size, *like.shape), jnp.nan, like.dtype) for w in wants]
+  nothing = [jnp.full((r.ids_U.size, *like.shape), jnp.nan, like.dtype) for r in requests]
 
-  def body(at: tuple[Any, list[jax.Array]], round_: Round) -> tuple[Any, list[jax.Array]]:
-    carry, rows_UC = at
+  def body(loop: tuple[Any, list[jax.Array]], round_: Round) -> tuple[Any, list[jax.Array]]:
+    carry, rows_UC = loop
     carry, found = read(carry, round_.received)
-    back = _spread(found, layout)
-    placed = zip(rows_UC, back, round_.asked, wants, layout, strict=True)
-    return carry, [_placed(*one) for one in placed]
+    arrived = _all_to_all(found, partitions)
+    args = zip(rows_UC, arrived, round_.sent, requests, partitions, strict=True)
+    return carry, [_place_rows(*each) for each in args]
 
-  return in_further_rounds(body, body((carry, nothing), main), wants, layout)[0]
+  return overflow_rounds(body, body((carry, nothing), main), requests, partitions)[0]
 
 
-def send_back(
-  grads_UC: Sequence[jax.Array], round_: Round, layout: Sequence[Shards]
+def send_gradients(
+  grads_UC: Sequence[jax.Array], round_: Round, partitions: Sequence[Partition]
 ) -> list[jax.Array]:
-  """The gradients [D, S, C] of the rows `round_.received`; empty slots bring zeros.
+  """The gradients [P, S, C] of the rows `round_.received`; empty slots bring zeros.
 
-  No row is in two rounds. In one, a row is there once for each device that wanted it.
+  No row is in two rounds. In one, a row is there once for each device that requested it.
   """
-  sent = [
-    g.at[a.place_DS].get(mode="fill", fill_value=0)
-    for g, a in zip(grads_UC, round_.asked, strict=True)
+  outgoing = [
+    g.at[s.position_PS].get(mode="fill", fill_value=0)
+    for g, s in zip(grads_UC, round_.sent, strict=True)
   ]
-  return _spread(sent, layout)
+  return _all_to_all(outgoing, partitions)
 
 
-def merged(received_DS: jax.Array, s: Shards) -> UniqueRows:
-  """The distinct rows asked of this device, rising, then at least one outside the shard."""
-  return unique_rows(received_DS, s.rows + 1)
+def merge_received(received_PS: jax.Array, p: Partition) -> UniqueRows:
+  """The distinct rows requested of this device, rising, then at least one outside the shard."""
+  return dedup(received_PS, p.rows + 1)
 
 
-def _spread(parts: Sequence[jax.Array], layout: Sequence[Shards]) -> list[jax.Array]:
-  """Part d of each array to device d; the arrays [D, S, ...] travel as one."""
+def _all_to_all(parts: Sequence[jax.Array], partitions: Sequence[Partition]) -> list[jax.Array]:
+  """Sends part d of each array to device d; the arrays [P, S, ...] travel as one."""
   sizes = [part.shape[1] for part in parts]
   joined = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-  got = lax.all_to_all(joined, layout[0].axes, split_axis=0, concat_axis=0, tiled=True)
+  got = lax.all_to_all(joined, partitions[0].axes, split_axis=0, concat_axis=0, tiled=True)
   return jnp.split(got, [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)], axis=1)
 
 
-def _placed(
-  rows_UC: jax.Array, back_DSC: jax.Array, asked: _Slots, w: Wanted, s: Shards
+def _place_rows(
+  rows_UC: jax.Array, arrived_PSC: jax.Array, sent: _Sent, r: Requests, p: Partition
 ) -> jax.Array:
   """`rows_UC` with this round's rows in their places; by gather, which writes each row once."""
-  owner_U, local_U = _address(w.ids_U, s)
-  owner_U = jnp.minimum(owner_U, s.devices - 1).astype(jnp.int32)
-  served_U = (local_U >= asked.low_D[owner_U]) & (local_U < asked.high_D[owner_U])
-  served_U = served_U & (w.ids_U != FILL)
-  slot_U = jnp.arange(w.ids_U.size, dtype=jnp.int32) - asked.start_D[owner_U]
-  slots, C = back_DSC.shape[1:]
-  at_U = jnp.where(served_U, owner_U * slots + slot_U, 0)
-  return jnp.where(served_U[:, None], back_DSC.reshape(-1, C)[at_U], rows_UC)
+  ids_U = r.ids_U.astype(jnp.uint32)  # the last row's id may be the largest int32
+  owner_U, local_U = ids_U // jnp.uint32(p.rows), ids_U % jnp.uint32(p.rows)
+  owner_U = jnp.minimum(owner_U, p.devices - 1).astype(jnp.int32)
+  is_served_U = (local_U >= sent.low_P[owner_U]) & (local_U < sent.high_P[owner_U])
+  is_served_U = is_served_U & (r.ids_U != FILL)
+  slot_U = jnp.arange(r.ids_U.size, dtype=jnp.int32) - sent.start_P[owner_U]
+  slots, C = arrived_PSC.shape[1:]
+  source_U = jnp.where(is_served_U, owner_U * slots + slot_U, 0)
+  return jnp.where(is_served_U[:, None], arrived_PSC.reshape(-1, C)[source_U], rows_UC)

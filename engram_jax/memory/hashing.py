@@ -12,7 +12,7 @@ What a position does not see reads as the pad id. Look-back ends, for all older 
 - before the start of the sequence, unless `history_BH` says what came before;
 - where the segment id changes (packed documents);
 - at a masked token. A masked token's own n-grams are all pads;
-- in the dialect `qwen_ple`, at an end-of-text token (whose id is the layout's `pad_id`).
+- in a dialect whose pad ends look-back (`qwen_ple`), at a token whose id is the layout's `pad_id`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engram_jax.memory.compress import check_ids
-from engram_jax.memory.dialects import HashLayout
+from engram_jax.memory.hash_layout import HashLayout, find_dialect
 
 if TYPE_CHECKING:
   import jax
 
-__all__ = ["HashLayout", "hash_ids", "hash_ids_numpy", "invalid_ids"]
+__all__ = ["HashLayout", "hash_ids", "hash_ids_numpy", "invalid_ids", "row_ids"]
 
 BLOCK = 4096  # tokens reduced at a time on the host
 FEW = 512  # tokens for which calls cost more than divisions
@@ -91,6 +91,25 @@ def hash_ids(
   return hashing_jit.hash_ids(layout, layer, ids_BT, segments_BT, history_BH, mask_BT)
 
 
+def row_ids(
+  layout: HashLayout,
+  layer: int,
+  ids_BT: "jax.Array | np.ndarray",
+  segments_BT: "jax.Array | np.ndarray | None" = None,
+  history_BH: "jax.Array | np.ndarray | None" = None,
+  mask_BT: "jax.Array | np.ndarray | None" = None,
+) -> "jax.Array | np.ndarray":
+  """Row ids of one layer's table: hash ids + `layout.offsets[layer]`, int32 [B, T, J].
+
+  A NumPy array gives one, by `hash_ids_numpy`; a jax array, traced or not, one by `hash_ids`.
+  Arguments and errors are theirs.
+  """
+  args = (layout, layer, ids_BT, segments_BT, history_BH, mask_BT)
+  if isinstance(ids_BT, np.ndarray | list):
+    return hash_ids_numpy(*args) + np.array(layout.offsets[layer], np.int32)
+  return hash_ids(*args) + np.array(layout.offsets[layer], np.int32)
+
+
 def invalid_ids(layout: HashLayout, ids: "jax.Array | np.ndarray") -> "jax.Array":
   """How many ids of an integer array lie outside [0, compressed_vocab): int32 scalar, jittable."""
   from engram_jax.memory import hashing_jit
@@ -129,13 +148,14 @@ def look_back(
     ids_BT = xp.concatenate([history_BH, ids_BT], axis=1)
   pad = xp.asarray(layout.pad_id, ids_BT.dtype)
   ids = extend(ids_BT, pad)
-  if mask_BT is None and segments_BT is None and layout.dialect != "qwen_ple":
+  pad_ends = find_dialect(layout.dialect).pad_ends_look_back
+  if mask_BT is None and segments_BT is None and not pad_ends:
     return [before(ids, i) for i in range(layout.max_ngram)]  # nothing ends a look-back
   masked = xp.zeros((B, T), bool) if mask_BT is None else xp.asarray(mask_BT, bool)
   ends = extend(masked, False)
   reached = ~before(ends, 0)
   seen = [xp.where(reached, before(ids, 0), pad)]
-  if layout.dialect == "qwen_ple":
+  if pad_ends:
     ends = ends | (ids == layout.pad_id)
   if segments_BT is not None:
     segments = extend(segments_BT, xp.asarray(segments_BT)[:, :1])

@@ -3,6 +3,8 @@
 A layer has as many rows as its heads' primes add up to, a number that divides by nothing. The
 stored array is padded to a multiple of 1,024 that no mesh changes, so a table's shape on disk does
 not depend on the devices it was trained on. Pad rows are zero and no id points at them.
+
+Local letter: P, devices of a mesh.
 """
 
 import functools
@@ -15,17 +17,9 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.core.mesh import platform
+from engram_jax.memory import exchange
 from engram_jax.memory.dedup import FILL, expand
-from engram_jax.memory.exchange import (
-  Round,
-  Shards,
-  ask,
-  fetch,
-  in_further_rounds,
-  send_back,
-  shards,
-  wanted,
-)
+from engram_jax.memory.exchange import Partition, Round
 
 PAD_MULTIPLE = 1024
 MAX_ROWS = 2**31 - 1  # row ids are int32
@@ -101,7 +95,7 @@ def table_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(mesh.axis_names, None))
 
 
-def by_rows(place: NamedSharding, ndim: int) -> NamedSharding | Format:
+def row_major(place: NamedSharding, ndim: int) -> NamedSharding | Format:
   """Where a table, or its optimizer's state, lies; on TPU with each row in one piece.
 
   A TPU lays narrow arrays out by columns unless it is told. Rows are then read and written in a
@@ -143,25 +137,28 @@ def _sharded_lookup(
   mesh: Mesh, capacity: float, table_RC: jax.Array, row_ids: jax.Array
 ) -> jax.Array:
   """Cuts the ids into one equal part for each device, by leading axes where they divide."""
-  D, (R, C) = mesh.size, table_RC.shape
-  table_RC = jnp.pad(table_RC, ((0, -R % D), (0, 0)))
+  P, (R, C) = mesh.size, table_RC.shape
+  table_RC = jnp.pad(table_RC, ((0, -R % P), (0, 0)))
   table_RC = jax.lax.with_sharding_constraint(table_RC, table_sharding(mesh))
-  if row_ids.shape[0] % D == 0:
+  if row_ids.shape[0] % P == 0:
     return _exchanged(mesh, capacity, table_RC, row_ids)
-  flat = jnp.pad(row_ids.reshape(-1), (0, -row_ids.size % D), constant_values=FILL)
+  flat = jnp.pad(row_ids.reshape(-1), (0, -row_ids.size % P), constant_values=FILL)
   return _exchanged(mesh, capacity, table_RC, flat)[: row_ids.size].reshape(*row_ids.shape, C)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _exchanged(mesh: Mesh, capacity: float, table_RC: jax.Array, row_ids: jax.Array) -> jax.Array:
-  axes, s = mesh.axis_names, _layout(mesh, capacity, table_RC, row_ids)
+  """Rows over the mesh; ids travel to the rows' owners by all-to-all, and rows come back."""
+  # tables/sharded.py has these stages apart: training differentiates by rows, not by a table.
+  axes, p = mesh.axis_names, _partition(mesh, capacity, table_RC, row_ids)
 
   def run(table_rC: jax.Array, ids: jax.Array) -> jax.Array:
-    wants = [wanted(ids, s)]
-    take = lambda _, ids: ((), [table_rC.at[ids[0]].get(mode="fill", fill_value=0)])
-    row = jax.ShapeDtypeStruct(table_rC.shape[1:], table_rC.dtype)
-    _, (rows_UC,) = fetch(take, (), wants, ask(wants, [s]), [s], row)
-    return expand(rows_UC, wants[0].inverse)
+    requests = [exchange.make_requests(ids, p)]
+    read = lambda _, ids: ((), [table_rC.at[ids[0]].get(mode="fill", fill_value=0)])
+    like = jax.ShapeDtypeStruct(table_rC.shape[1:], table_rC.dtype)
+    main = exchange.send_requests(requests, [p])
+    _, (rows_UC,) = exchange.fetch_rows(read, (), requests, main, [p], like)
+    return expand(rows_UC, requests[0].inverse)
 
   spec = PartitionSpec(axes)
   return jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(
@@ -176,19 +173,20 @@ def _exchanged_forward(mesh, capacity, table_RC, row_ids):
 def _exchanged_backward(mesh, capacity, saved, drows):
   """Each device sums the gradients of its distinct ids; their owners sum over the devices."""
   table_RC, row_ids = saved  # of the table only the shape is read
-  (_, C), s = table_RC.shape, _layout(mesh, capacity, *saved)
+  (_, C), p = table_RC.shape, _partition(mesh, capacity, *saved)
 
   def run(ids: jax.Array, drows: jax.Array) -> jax.Array:
-    wants = [wanted(ids, s)]
-    grads_UC = jnp.zeros((wants[0].ids_U.size, C), jnp.float32)
-    grads_UC = grads_UC.at[wants[0].inverse].add(drows, mode="promise_in_bounds")
-    sums_rC = jnp.zeros((s.rows, C), jnp.float32)
+    requests = [exchange.make_requests(ids, p)]
+    grads_UC = jnp.zeros((requests[0].ids_U.size, C), jnp.float32)
+    grads_UC = grads_UC.at[requests[0].inverse].add(drows, mode="promise_in_bounds")
+    sums_rC = jnp.zeros((p.rows, C), jnp.float32)
 
     def add(sums_rC: jax.Array, round_: Round) -> jax.Array:
-      (grads,) = send_back([grads_UC], round_, [s])
+      (grads,) = exchange.send_gradients([grads_UC], round_, [p])
       return sums_rC.at[round_.received[0]].add(grads, mode="drop")
 
-    sums_rC, _ = in_further_rounds(add, add(sums_rC, ask(wants, [s])), wants, [s])
+    main = exchange.send_requests(requests, [p])
+    sums_rC, _ = exchange.overflow_rounds(add, add(sums_rC, main), requests, [p])
     return sums_rC.astype(table_RC.dtype)
 
   spec = PartitionSpec(mesh.axis_names)
@@ -199,9 +197,10 @@ def _exchanged_backward(mesh, capacity, saved, drows):
 _exchanged.defvjp(_exchanged_forward, _exchanged_backward)
 
 
-def _layout(mesh: Mesh, capacity: float, table_RC: jax.Array, row_ids: jax.Array) -> Shards:
-  D = mesh.size
-  return shards(mesh.axis_names, D, table_RC.shape[0] // D, row_ids.size // D, capacity)
+def _partition(mesh: Mesh, capacity: float, table_RC: jax.Array, row_ids: jax.Array) -> Partition:
+  P = mesh.size
+  rows, ids = table_RC.shape[0] // P, row_ids.size // P
+  return exchange.make_partition(mesh.axis_names, P, rows, ids, capacity)
 
 
 def lookup_reference(table_RC: jax.Array, row_ids: jax.Array) -> jax.Array:

@@ -8,7 +8,8 @@ says what it adds up. The paper's "total" counts one vocabulary matrix and the m
 import dataclasses
 
 from engram_jax.config import ModelConfig
-from engram_jax.memory.dialects import HashLayout
+from engram_jax.memory.compress import TokenCompressor
+from engram_jax.memory.hash_layout import HashLayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,19 +135,7 @@ def table_layout(cfg: ModelConfig) -> HashLayout | None:
   The primes, and so the rows, do not depend on the compressed vocabulary, which only a tokenizer
   tells: here it is the raw one, so the multipliers are not those of a run.
   """
-  engram = cfg.engram
-  if not engram.layers:
-    return None
-  return HashLayout.build(
-    engram.dialect,
-    engram.layers,
-    engram.rows_per_head,
-    engram.max_ngram,
-    engram.heads,
-    compressed_vocab=cfg.vocab_size,
-    pad_id=engram.pad_id,
-    seed=engram.seed,
-  )
+  return HashLayout.of(cfg.engram, TokenCompressor.identity(cfg.vocab_size))
 
 
 def _attention(cfg: ModelConfig) -> int:

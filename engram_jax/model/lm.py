@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from engram_jax.config import ModelConfig
-from engram_jax.core.mesh import batch_shards, platform
+from engram_jax.core.mesh import batch_shards, compute_dtype, platform
 from engram_jax.model.block import Block
 from engram_jax.model.layers import rms_norm
 from engram_jax.model.router import ROUTING, RouterBias
@@ -119,16 +119,6 @@ class LM(nnx.Module):
     with jax.named_scope("head"):
       head_DV = self.head_DV.astype(hidden_BTD.dtype)
       return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
-
-
-def compute_dtype(name: str, platform: str | None = None) -> Any:
-  """The dtype of activations: as named, or for "auto" float32 on CPU and bfloat16 elsewhere.
-
-  platform: of the devices that will compute; default: this process's.
-  """
-  if name == "auto":
-    return jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16
-  return jnp.dtype(name)
 
 
 Probes = dict[str, list[jax.Array]]

@@ -1,6 +1,5 @@
-"""Loss over the validation documents, whole and by source, with the memory on or off."""
+"""Loss over the validation documents, together and by source, with the memory on or off."""
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,39 +9,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.core.mesh import replicated
-from engram_jax.memory.table import lookup
 from engram_jax.training.loss import cross_entropy_on
-from engram_jax.training.state import Recipe
+from engram_jax.training.state import TrainSetup, TrainState
 
 LN2 = math.log(2)
 
 
-def make_eval_step(recipe: Recipe, *, memory: bool = True) -> Callable[..., jax.Array]:
-  """`nll_BT = step(params, biases, tables, batch)`: each target's loss in nats, 0 where masked.
+def make_eval_step(setup: TrainSetup) -> Callable[..., jax.Array]:
+  """`nll_BT = step(params, biases, rows, batch)`: each target's loss in nats, 0 where masked.
 
-  memory=False feeds rows of zeros: what the model does when nothing comes back from the tables.
+  rows: [B, T, J, C] of each memory, in the order of layers.
   """
-  cfg = recipe.config
+  cfg = setup.config
 
-  def step(params: Any, biases: Any, tables: tuple, batch: dict) -> jax.Array:
-    model = recipe.model(params, biases)
-    shape = (*batch["tokens"].shape, cfg.model.engram.memory_width)
-    if memory:
-      look = functools.partial(
-        lookup, mesh=recipe.mesh, capacity=cfg.model.engram.exchange_capacity
-      )
-      rows = [look(t, batch["row_ids"][i]).reshape(shape) for i, t in enumerate(tables)]
-    else:
-      rows = [jnp.zeros(shape, t.dtype) for t in tables]
+  def eval_step(params: Any, biases: Any, rows: tuple, batch: dict) -> jax.Array:
+    model = setup.model(params, biases)
     hidden_BTD, _ = model(
       batch["tokens"],
-      tuple(rows),
+      rows,
       segments_BT=batch["segments"],
       positions_BT=batch["positions"],
-      mesh=recipe.mesh,
+      mesh=setup.mesh,
     )
     _, aux = cross_entropy_on(
-      recipe.spread,
+      setup.multi_device_mesh,
       hidden_BTD,
       model.head_DV,
       batch["targets"],
@@ -51,24 +41,31 @@ def make_eval_step(recipe: Recipe, *, memory: bool = True) -> Callable[..., jax.
     )
     return jnp.where(batch["mask"], aux["nll_BT"], 0.0)
 
-  whole = None if recipe.spread is None else replicated(recipe.mesh)
-  return jax.jit(step, out_shardings=whole)
+  everywhere = None if setup.multi_device_mesh is None else replicated(setup.mesh)
+  return jax.jit(eval_step, out_shardings=everywhere)
 
 
 def evaluate(
   step: Callable[..., jax.Array],
-  state: Any,
+  setup: TrainSetup,
+  state: TrainState,
   batches: Iterable[dict[str, np.ndarray]],
   token_bytes: np.ndarray,
   sources: Sequence[str],
+  *,
+  memory: bool = True,
 ) -> dict[str, Any]:
   """Mean loss (nats a token), perplexity, bits per byte and counts; `by_source` holds each apart.
+
+  step: of `make_eval_step`. memory: False gives rows of zeros in place of the tables'.
 
   Bits per byte divides by the UTF-8 bytes the targets stand for, so it compares tokenizers.
   """
   nll, tokens, size = (np.zeros(len(sources), np.float64) for _ in range(3))
   for batch in batches:
-    loss_BT = np.asarray(step(state.params, state.biases, state.tables, batch), np.float64)
+    batch = dict(batch)
+    rows = _rows(setup, state, batch.pop("row_ids", None), memory)
+    loss_BT = np.asarray(step(state.params, state.biases, rows, batch), np.float64)
     mask = batch["mask"]
     where = batch["source"][mask]
     nll += np.bincount(where, loss_BT[mask], len(sources))
@@ -78,6 +75,18 @@ def evaluate(
   seen = [i for i in range(len(sources)) if tokens[i]]
   result["by_source"] = {sources[i]: _summary(nll[i], tokens[i], size[i]) for i in seen}
   return result
+
+
+def _rows(
+  setup: TrainSetup, state: TrainState, row_ids_LBTJ: np.ndarray | None, memory: bool
+) -> tuple[jax.Array, ...]:
+  """Rows [B, T, J, C] of each memory."""
+  tables = setup.tables
+  row_ids = dict(zip(tables.layers, () if row_ids_LBTJ is None else row_ids_LBTJ, strict=True))
+  if memory:
+    return tuple(tables.lookup(state.tables, row_ids).values())
+  width, dtype = tables.cfg.row_width, jnp.dtype(tables.cfg.table_dtype)
+  return tuple(jnp.zeros((*ids.shape, width), dtype) for ids in row_ids.values())
 
 
 def _summary(nll: float, tokens: float, size: float) -> dict[str, float | int]:

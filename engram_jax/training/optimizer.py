@@ -9,8 +9,8 @@ import optax
 from jax.sharding import Mesh
 
 from engram_jax.config import OptimizerConfig
+from engram_jax.core.schedule import Schedule
 from engram_jax.training.muon import scale_by_muon
-from engram_jax.training.schedule import Schedule
 
 ADAM_RMS = 0.2  # of an Adam update, in units of the learning rate (arXiv 2502.16982)
 
@@ -80,7 +80,7 @@ def backbone_optimizer(
   )
 
 
-def begun_at(state: Any, step: int) -> Any:
+def at_step(state: Any, step: int) -> Any:
   """A new state of `backbone_optimizer`, at the learning rate of that step of the schedule.
 
   Moments know nothing yet, and their own counts, which correct them for that, stay zero.

@@ -5,63 +5,30 @@ host and rows looked up beside the model, like everywhere else.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
-from flax import nnx
-from jax.sharding import Mesh
 
-from engram_jax.config import ModelConfig
-from engram_jax.core.mesh import batch_shards, replicated
+from engram_jax.core.mesh import replicated
 from engram_jax.errors import ConfigError
-from engram_jax.memory.compress import TokenCompressor
-from engram_jax.memory.hashing import HashLayout, hash_ids_numpy
-from engram_jax.memory.table import lookup
+from engram_jax.memory.vocabulary import Vocabulary
+from engram_jax.training.state import TrainSetup, TrainState
 
 
-class Vocabulary(Protocol):
-  """What stands between text and rows; a run's prepared data has it, and so can anything else."""
+def make_next_logits(setup: TrainSetup) -> Callable[..., jax.Array]:
+  """`logits_BV = f(params, biases, rows, tokens_BT, last_B)`, after the positions `last_B`.
 
-  tokenizer: tokenizers.Tokenizer
-  compressor: TokenCompressor
-  layout: HashLayout | None
-  eos_id: int
-
-
-def row_ids(
-  layout: HashLayout | None, compressor: TokenCompressor, tokens_BT: np.ndarray
-) -> np.ndarray:
-  """Row ids int32 [L, B, T, J] of raw token ids, one leading entry per Engram layer."""
-  if layout is None:
-    return np.zeros((0, *tokens_BT.shape, 0), np.int32)
-  canonical_BT = compressor(tokens_BT)
-  return np.stack(
-    [
-      hash_ids_numpy(layout, layer, canonical_BT) + np.asarray(layout.offsets[layer], np.int32)
-      for layer in layout.layers
-    ]
-  )
-
-
-def make_next_logits(
-  graphdef: Any, cfg: ModelConfig, mesh: Mesh | None = None
-) -> Callable[..., jax.Array]:
-  """`logits_BV = f(params, biases, tables, tokens_BT, row_ids, last_B)`, after `last_B`.
-
-  mesh: where parameters and tables lie; a batch that its axes do not divide is filled up.
+  rows: [B, T, J, C] of each memory, in the order of layers. A batch that the mesh's axes do not
+  divide is filled up.
   """
-  shards = 1 if mesh is None else batch_shards(mesh)
+  mesh, shards = setup.mesh, setup.batch_shards
 
-  def run(params, biases, tables, tokens_BT, row_ids_LBTJ, last_B):
-    model = nnx.merge(graphdef, nnx.State(params), nnx.State(biases))
+  def run(params, biases, rows, tokens_BT, last_B):
+    model = setup.model(params, biases)
     B = tokens_BT.shape[0]
-    fill = lambda x, axis: jnp.pad(x, [(0, -B % shards * (i == axis)) for i in range(x.ndim)])
-    tokens_BT, row_ids_LBTJ, last_B = fill(tokens_BT, 0), fill(row_ids_LBTJ, 1), fill(last_B, 0)
-    shape = (*tokens_BT.shape, cfg.engram.memory_width)
-    rows = tuple(lookup(t, row_ids_LBTJ[i], mesh=mesh).reshape(shape) for i, t in enumerate(tables))
+    fill = lambda x: jnp.pad(x, [(0, -B % shards)] + [(0, 0)] * (x.ndim - 1))
+    tokens_BT, rows, last_B = jax.tree.map(fill, (tokens_BT, rows, last_B))
     hidden_BTD, _ = model(tokens_BT, rows, mesh=mesh)
     last_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
     return model.logits(last_B1D)[:B, 0].astype(jnp.float32)
@@ -71,51 +38,53 @@ def make_next_logits(
 
 def complete(
   next_logits: Callable[..., jax.Array],
-  state: Any,
-  data: "Vocabulary",
+  setup: TrainSetup,
+  state: TrainState,
+  vocabulary: Vocabulary,
   prompts: Sequence[str],
   max_new: int,
   *,
+  end_id: int | None = None,
   temperature: float = 0.0,
   seed: int = 0,
 ) -> list[str]:
   """The text that follows each prompt; `generate` between encoding and decoding."""
   # As text was tokenised for training: with nothing put around it.
-  batch = data.tokenizer.encode_batch(list(prompts), add_special_tokens=False)
+  batch = vocabulary.tokenizer.encode_batch(list(prompts), add_special_tokens=False)
   new = generate(
     next_logits,
+    setup,
     state,
+    vocabulary,
     [encoding.ids for encoding in batch],
-    layout=data.layout,
-    compressor=data.compressor,
-    max_new=max_new,
+    max_new,
+    end_id=end_id,
     temperature=temperature,
     seed=seed,
-    stop_id=data.eos_id,
   )
-  return data.tokenizer.decode_batch(new)
+  return vocabulary.tokenizer.decode_batch(new)
 
 
 def generate(
   next_logits: Callable[..., jax.Array],
-  state: Any,
+  setup: TrainSetup,
+  state: TrainState,
+  vocabulary: Vocabulary,
   prompts: Sequence[Sequence[int]],
-  *,
-  layout: HashLayout | None,
-  compressor: TokenCompressor,
   max_new: int,
+  *,
+  end_id: int | None = None,
   temperature: float = 0.0,
   seed: int = 0,
-  stop_id: int | None = None,
 ) -> list[list[int]]:
   """New token ids for each prompt (token ids); temperature 0 is greedy.
 
-  A prompt ends at `stop_id` (which is not returned) or after `max_new` tokens. Raises ConfigError
+  A text ends at `end_id` (which is not returned) or after `max_new` tokens. Raises ConfigError
   for an empty prompt, an id outside the vocabulary or a negative temperature.
   """
   if any(len(p) == 0 for p in prompts):
     raise ConfigError("prompt: an empty prompt has nothing to continue; give at least one token")
-  ids = len(compressor.table)
+  ids = len(vocabulary.compressor.table)
   for i in (i for prompt in prompts for i in prompt if not 0 <= i < ids):
     raise ConfigError(f"prompt: token id {i} is outside the vocabulary: 0..{ids - 1}")
   if temperature < 0:
@@ -129,12 +98,15 @@ def generate(
   ends = lengths.copy()
   key = jax.random.key(seed)
   for i in range(max_new):
-    ids = row_ids(layout, compressor, tokens_BT)
+    row_ids = dict(zip(setup.tables.layers, vocabulary.row_ids(tokens_BT), strict=True))
+    rows = tuple(setup.tables.lookup(state.tables, row_ids).values())
     last_B = jnp.asarray(ends - 1)
-    logits_BV = next_logits(state.params, state.biases, state.tables, tokens_BT, ids, last_B)
-    logits_BV = logits_BV[:, : len(compressor.table)]  # the embedding may have ids to spare
+    logits_BV = next_logits(state.params, state.biases, rows, tokens_BT, last_B)
+    logits_BV = logits_BV[
+      :, : len(vocabulary.compressor.table)
+    ]  # the embedding may have ids to spare
     chosen = np.asarray(_choose(logits_BV, temperature, jax.random.fold_in(key, i)))
-    done |= chosen == stop_id
+    done |= chosen == end_id
     live = np.flatnonzero(~done)
     if not live.size:
       break

@@ -6,57 +6,59 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from engram_jax.config import Config
+from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.mesh import batch_shards, platform, replicated
 from engram_jax.core.rules import state_shardings
+from engram_jax.core.schedule import learning_rate
 from engram_jax.memory.hashing import HashLayout
-from engram_jax.memory.table import by_rows, init_table
-from engram_jax.model.lm import LM, compute_dtype
+from engram_jax.model.lm import LM
 from engram_jax.model.router import RouterBias
 from engram_jax.model.sharding import param_shardings
+from engram_jax.tables.base import Tables
+from engram_jax.tables.row_checkpoint import stored_tables
+from engram_jax.tables.state import TableState
 from engram_jax.training.optimizer import backbone_optimizer
-from engram_jax.training.rows.choose import row_optimizer
-from engram_jax.training.rows.form import TouchedRows
-from engram_jax.training.schedule import learning_rate
-from engram_jax.training.touched import LocalRows, ShardedRows
 
 
 class TrainState(NamedTuple):
-  """A pytree; every leaf goes into a checkpoint.
+  """A pytree of all that a step changes.
 
-  step: i32, the number of steps taken (also the next batch's number)
+  step: int32, the number of steps taken (also the next batch's number)
   params, biases: pure nested dicts of the LM's nnx.Param and RouterBias arrays
-  tables: one [R_padded, C] array per Engram layer; none where a placement keeps them on the host
-  optimizer, row_optimizers: the optimizers' states
-  bad_in_row, bad_total: i32, steps whose loss or gradients were not finite
+  tables: the memory tables and their optimizer's states
+  optimizer: the backbone optimizer's state
+  nonfinite_streak, nonfinite_total: int32, steps whose loss or gradients were not finite
   """
 
   step: jax.Array
   params: Any
   biases: Any
-  tables: tuple[jax.Array, ...]
+  tables: TableState
   optimizer: Any
-  row_optimizers: tuple[Any, ...]
-  bad_in_row: jax.Array
-  bad_total: jax.Array
+  nonfinite_streak: jax.Array
+  nonfinite_total: jax.Array
 
 
-class Recipe(NamedTuple):
-  """The static half of training: what `TrainState` is transformed with."""
+# Names in checkpoints, where they differ; tables have theirs in tables/row_checkpoint.py.
+_STORED = {"nonfinite_streak": "bad_in_row", "nonfinite_total": "bad_total"}
+
+
+class TrainSetup(NamedTuple):
+  """The static half of training: what a `TrainState` is transformed with."""
 
   config: Config
   graphdef: Any
   optimizer: optax.GradientTransformation
-  rows: LocalRows | ShardedRows
+  tables: Tables
   learning_rate: Any
   mesh: Mesh | None = None
-  placements: Any = None  # a NamedSharding per leaf of the TrainState; None without a mesh
-  formats: Any = None  # the same, on TPU with the layout of tables; see memory.table.by_rows
+  shardings: Any = None  # a NamedSharding per leaf of the state but its tables; None without a mesh
 
   @property
-  def spread(self) -> Mesh | None:
+  def multi_device_mesh(self) -> Mesh | None:
     """The mesh if it has more than one device."""
     return self.mesh if self.mesh is not None and self.mesh.size > 1 else None
 
@@ -69,18 +71,28 @@ class Recipe(NamedTuple):
     """The LM with these parameters; for use inside jit."""
     return nnx.merge(self.graphdef, nnx.State(params), nnx.State(biases))
 
-  def placed(self, state: TrainState) -> TrainState:
+  def constrain(self, state: TrainState) -> TrainState:
     """The state held where it belongs; for use inside jit."""
-    if self.placements is None:
+    if self.shardings is None:
       return state
-    return jax.lax.with_sharding_constraint(state, self.placements)
+    # Without a mesh arrays have another type than what a step on one returns, and the step would be
+    # compiled once for each.
+    rest = jax.lax.with_sharding_constraint(state._replace(tables=None), self.shardings)
+    return rest._replace(tables=self.tables.constrain(state.tables))
+
+  @property
+  def formats(self) -> Any:
+    """How the state lies on the mesh; None without one."""
+    return self.shardings and self.shardings._replace(tables=self.tables.formats)
 
 
-def make_recipe(cfg: Config, layout: HashLayout | None = None, mesh: Mesh | None = None) -> Recipe:
-  """The recipe of a config; makes no array.
+def make_setup(
+  cfg: Config, layout: HashLayout | None = None, mesh: Mesh | None = None
+) -> TrainSetup:
+  """The setup of a config; makes no array.
 
   Args:
-    layout: of the tables; needed on a mesh, to say where each lies.
+    layout: hash layout of the tables; None for a model without a memory.
     mesh: the devices to train on. Default: one device of this process.
   """
   model = nnx.eval_shape(lambda: LM(cfg.model, rngs=nnx.Rngs(0)))
@@ -88,124 +100,101 @@ def make_recipe(cfg: Config, layout: HashLayout | None = None, mesh: Mesh | None
   optimizer = cfg.train.optimizer
   schedule = learning_rate(cfg.train.schedule, optimizer.learning_rate, cfg.train.steps)
   backbone = backbone_optimizer(optimizer, schedule, nnx.to_pure_dict(params), mesh)
-  rows = _rows(cfg, row_optimizer(optimizer, schedule), mesh)
-  recipe = Recipe(cfg, graphdef, backbone, rows, schedule, mesh)
+  setup = TrainSetup(cfg, graphdef, backbone, Tables.of(cfg, layout, mesh), schedule, mesh)
   if mesh is None:
-    return recipe
-  # On one device too: arrays without a mesh have another type than those that a step returns, and
-  # the step would be compiled once for each.
-  shapes = jax.eval_shape(lambda: _initial(recipe, layout, jnp.uint32(0)))
-  places = _placements(mesh, shapes)
-  formats = jax.tree.map(lambda place, x: by_rows(place, x.ndim), places, shapes)
-  own = places._replace(tables=formats.tables, row_optimizers=formats.row_optimizers)
-  return recipe._replace(placements=places, formats=own)
+    return setup
+  shapes = jax.eval_shape(lambda: _initial(setup, jnp.uint32(0)))
+  return setup._replace(shardings=_shardings(mesh, shapes))
 
 
-def _rows(cfg: Config, optimizer: TouchedRows, mesh: Mesh | None) -> LocalRows | ShardedRows:
-  if mesh is None or mesh.size == 1:
-    return LocalRows(optimizer)
-  # Sinkhorn balances all rows of a step against one another, so they must arrive in one round.
-  whole = cfg.train.optimizer.table == "sinkhorn"
-  capacity = float(mesh.size) if whole else cfg.model.engram.exchange_capacity
-  dtype = compute_dtype(cfg.model.dtype, platform(mesh))
-  return ShardedRows(optimizer, mesh, capacity, dtype)
-
-
-def _placements(mesh: Mesh, shapes: TrainState) -> TrainState:
-  """Parameters and their optimizer's state by rule, tables by rows, scalars everywhere."""
-  whole, rows = replicated(mesh), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-  per_row = lambda tree: jax.tree.map(lambda x: rows if x.ndim else whole, tree)
+def _shardings(mesh: Mesh, shapes: TrainState) -> TrainState:
+  """Parameters and their optimizer's state by rule, scalars everywhere."""
+  everywhere = replicated(mesh)
   params = param_shardings(shapes.params, mesh)
   return TrainState(
-    step=whole,
+    step=everywhere,
     params=params,
-    biases=jax.tree.map(lambda _: whole, shapes.biases),
-    tables=per_row(shapes.tables),
+    biases=jax.tree.map(lambda _: everywhere, shapes.biases),
+    tables=None,
     optimizer=state_shardings(shapes.optimizer, shapes.params, params, mesh),
-    row_optimizers=per_row(shapes.row_optimizers),
-    bad_in_row=whole,
-    bad_total=whole,
+    nonfinite_streak=everywhere,
+    nonfinite_total=everywhere,
   )
 
 
-def state_shapes(recipe: Recipe, layout: HashLayout | None) -> TrainState:
-  """The state as jax.ShapeDtypeStructs, on a mesh with their shardings; makes no array."""
-  shapes = jax.eval_shape(lambda: _initial(recipe, layout, jnp.uint32(0)))
-  if recipe.placements is None:
-    return shapes
-  return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    shapes,
-    recipe.formats,
-  )
+def state_shapes(setup: TrainSetup) -> TrainState:
+  """The state as jax.ShapeDtypeStructs, on a mesh with their shardings; makes no array.
+
+  Tables are as they lie on devices."""
+  shapes = jax.eval_shape(lambda: _initial(setup, jnp.uint32(0)))
+  if setup.shardings is not None:
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    shapes = jax.tree.map(place, shapes, setup.shardings)
+  return shapes._replace(tables=setup.tables.shapes)
 
 
-def init_state(recipe: Recipe, layout: HashLayout | None) -> TrainState:
-  """The state before the first step, made where it lies by one jitted program.
-
-  The same numbers on any mesh.
-  """
-  make = lambda seed: _initial(recipe, layout, seed)
-  return jax.jit(make, out_shardings=recipe.formats)(jnp.uint32(recipe.config.train.seed))
+def init_state(setup: TrainSetup) -> TrainState:
+  """The state before the first step, made where it lies. The same numbers on any mesh."""
+  make = jax.jit(lambda seed: _initial(setup, seed), out_shardings=setup.shardings)
+  state = make(jnp.uint32(setup.config.train.seed))
+  return state._replace(tables=setup.tables.init(Tables.key(setup.config)))
 
 
-def laid_out(recipe: Recipe, state: TrainState) -> TrainState:
+def with_layout(setup: TrainSetup, state: TrainState) -> TrainState:
   """The state as the step wants it, given as any program or a checkpoint left it; used up, as by a
   step. Only TPUs have a layout of their own for tables."""
-  if recipe.mesh is None or platform(recipe.mesh) != "tpu":
+  if setup.mesh is None or platform(setup.mesh) != "tpu":
     return state
-  return jax.jit(lambda state: state, out_shardings=recipe.formats, donate_argnums=0)(state)
+  return jax.jit(lambda state: state, out_shardings=setup.formats, donate_argnums=0)(state)
 
 
-def _initial(recipe: Recipe, layout: HashLayout | None, seed: jax.Array) -> TrainState:
-  cfg, engram = recipe.config, recipe.config.model.engram
+def _initial(setup: TrainSetup, seed: jax.Array) -> TrainState:
+  """The state before the first step, without tables."""
   key = jax.random.key(seed)
-  model = LM(cfg.model, rngs=nnx.Rngs(jax.random.fold_in(key, 0)))
+  model = LM(setup.config.model, rngs=nnx.Rngs(jax.random.fold_in(key, 0)))
   _, params, biases = nnx.split(model, nnx.Param, RouterBias)
   params, biases = nnx.to_pure_dict(params), nnx.to_pure_dict(biases)
-  tables = tuple(
-    init_table(
-      jax.random.fold_in(key, 1 + layer),
-      layout.rows[layer],
-      engram.row_width,
-      std=cfg.model.init_std,
-      dtype=jnp.dtype(engram.table_dtype),
-      mesh=recipe.spread,
-    )
-    for layer in (() if engram.on_host else engram.layers)  # training/host has them
-  )
   zero = jnp.zeros((), jnp.int32)
   return TrainState(
     step=zero,
     params=params,
     biases=biases,
-    tables=tables,
-    optimizer=recipe.optimizer.init(params),
-    row_optimizers=tuple(recipe.rows.optimizer.init(table) for table in tables),
-    bad_in_row=zero,
-    bad_total=zero,
+    tables=None,
+    optimizer=setup.optimizer.init(params),
+    nonfinite_streak=zero,
+    nonfinite_total=zero,
   )
 
 
-def logical_rows(layout: HashLayout | None) -> dict[str, int]:
-  """{path in the TrainState: rows} of tables and their optimizers' states.
+def flush(setup: TrainSetup, state: TrainState) -> TrainState:
+  """The state with every row as its optimizer means it to be now; used up, as by a step."""
+  return state._replace(tables=setup.tables.flush(state.tables))
 
-  What follows those rows is padding, of which a mesh whose devices do not divide 1,024 has more.
+
+def save_state(
+  checkpoints: Checkpoints, step: int, setup: TrainSetup, state: TrainState, meta: dict[str, Any]
+) -> None:
+  """Starts to save a state; see `Tables.save`."""
+  setup.tables.save(checkpoints, step, state.tables, _stored(state), meta)
+
+
+def restore_state(checkpoints: Checkpoints, step: int, setup: TrainSetup) -> TrainState:
+  """The state of a step, saved under any placement and on any mesh.
+
+  Raises StorageError as `Checkpoints.restore` does.
   """
-  if layout is None:
-    return {}
-  tables = [(i, layout.rows[layer]) for i, layer in enumerate(layout.layers)]
-  return {f"{part}/{i}": n for part in ("tables", "row_optimizers") for i, n in tables}
+  like, key = _stored(state_shapes(setup)), Tables.key(setup.config)
+  tables, rest = setup.tables.restore(checkpoints, step, like, key)
+  names = {_STORED.get(name, name): name for name in TrainState._fields}
+  return TrainState(tables=tables, **{names[stored]: x for stored, x in rest.items()})
 
 
-def up_to_date(recipe: Recipe, state: TrainState) -> TrainState:
-  """The state with every row as its optimizer means it to be now, for reading all of a table.
+def stored(state: TrainState) -> dict[str, Any]:
+  """The whole state under the names that checkpoints have."""
+  return stored_tables(state.tables) | _stored(state)
 
-  Only optimizers that catch up with missed steps when a row is read have anything to do here; the
-  state given is then used up, as by a step.
-  """
-  if not state.tables or not recipe.rows.optimizer.lags:
-    return state
-  flush = jax.jit(lambda tables, states: recipe.rows.flush(tables, states), donate_argnums=(0, 1))
-  tables, states = flush(state.tables, state.row_optimizers)
-  return state._replace(tables=tables, row_optimizers=states)
+
+def _stored(state: TrainState) -> dict[str, Any]:
+  """The state but its tables, under the names that checkpoints have."""
+  fields = state._asdict()
+  return {_STORED.get(name, name): x for name, x in fields.items() if name != "tables"}

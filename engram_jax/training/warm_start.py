@@ -13,78 +13,86 @@ import jax
 
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.rules import path_name
-from engram_jax.core.run_directory import CHECKPOINTS, open_run
+from engram_jax.core.run_directory import CHECKPOINTS
 from engram_jax.errors import ConfigError
-from engram_jax.memory.fingerprint import check_identity
 from engram_jax.memory.hashing import HashLayout
-from engram_jax.training.host import saved
-from engram_jax.training.state import Recipe, TrainState, make_recipe, state_shapes, up_to_date
+from engram_jax.memory.vocabulary import check_fingerprint
+from engram_jax.tables.saved_run import load_run
+from engram_jax.tables.state import TableState
+from engram_jax.training.state import (
+  TrainSetup,
+  TrainState,
+  flush,
+  make_setup,
+  restore_state,
+  state_shapes,
+)
 
 
-class Source(NamedTuple):
-  """Another run's newest sound step."""
+class WarmStart(NamedTuple):
+  """Another run's newest sound step, to take weights from."""
 
   run: pathlib.Path
   step: int
-  recipe: Recipe
-  layout: HashLayout | None
+  setup: TrainSetup
 
-  def give(self, state: TrainState) -> TrainState:
-    """`state`, just initialised, with the source's parameters, biases and tables."""
+  def apply(self, state: TrainState) -> TrainState:
+    """`state`, just initialised, with the other run's parameters, biases and tables."""
     with Checkpoints(self.run / CHECKPOINTS, keep=None) as checkpoints:
-      old = saved.restore(checkpoints, self.step, self.recipe, self.layout, None)
-    old = up_to_date(self.recipe, old)
+      old = restore_state(checkpoints, self.step, self.setup)
+    old = flush(self.setup, old)
     return state._replace(
-      params=_taken(state.params, old.params),
-      biases=_taken(state.biases, old.biases),
-      tables=_rounded(old.tables, state.tables) if self.layout else state.tables,
+      params=_replace_leaves(state.params, old.params),
+      biases=_replace_leaves(state.biases, old.biases),
+      tables=_with_tables(state.tables, old.tables.tables),
     )
 
 
-def find_source(
+def find_warm_start(
   run: str,
-  recipe: Recipe,
+  setup: TrainSetup,
   layout: HashLayout | None,
-  meaning: dict[str, Any],
-  say: Callable[[str], None],
-) -> Source:
-  """Where `train.init_from` points, checked against the new run; reads no array.
+  fingerprint: dict[str, Any],
+  log: Callable[[str], None],
+) -> WarmStart:
+  """The run that `train.init_from` names, checked against the new run; reads no array.
 
-  The source's tables may lie anywhere. Those of another dtype are rounded to the new run's, which
-  is said.
+  The other run's tables may lie anywhere. Those of another dtype are rounded to the new run's,
+  which is said.
 
   Raises ConfigError for a folder that is no run or holds no sound checkpoint, another tokenizer,
   another memory than none or the same, a memory that would be lost, or other shapes.
   """
-  folder = pathlib.Path(run)
-  cfg = open_run(folder)
-  with Checkpoints(folder / CHECKPOINTS, keep=None) as checkpoints:
-    step = checkpoints.newest_valid(say)
-    if step is None:
-      raise ConfigError(f"train.init_from={run!r} holds no sound checkpoint yet; train it first")
-    meta = checkpoints.meta(step)
-  _check_memory(run, meta, meaning, recipe)
+  with load_run(pathlib.Path(run), None, log, where="train.init_from") as saved:
+    cfg, step, meta = saved.config, saved.step, saved.meta
+  _check_memory(run, meta, fingerprint, setup)
   old_layout = layout if meta["hash_layout"] else None
-  old = make_recipe(cfg.on_device(), old_layout, recipe.mesh)
-  there, here = state_shapes(old, old_layout), state_shapes(recipe, layout)
+  old = make_setup(cfg.on_device(), old_layout, setup.mesh)
+  there, here = state_shapes(old), state_shapes(setup)
   _check_shapes(run, there, here)
-  if there.tables and there.tables[0].dtype != here.tables[0].dtype:
-    say(
-      f"train.init_from={run!r}: its tables of {there.tables[0].dtype} become "
-      f"{here.tables[0].dtype} (model.engram.table_dtype), rounded to the nearest"
-    )
-  return Source(folder, step, old, old_layout)
+  for n, table in there.tables.tables.items():
+    if table.dtype != (dtype := here.tables.tables[n].dtype):
+      log(
+        f"train.init_from={run!r}: its tables of {table.dtype} become {dtype} "
+        "(model.engram.table_dtype), rounded to the nearest"
+      )
+      break
+  return WarmStart(pathlib.Path(run), step, old)
 
 
-def _check_memory(run: str, meta: dict[str, Any], meaning: dict[str, Any], recipe: Recipe) -> None:
+def _check_memory(
+  run: str, meta: dict[str, Any], fingerprint: dict[str, Any], setup: TrainSetup
+) -> None:
   where = f"train.init_from={run!r}"
-  check_identity(meta, {"tokenizer_digest": meaning["tokenizer_digest"]}, where)
+  check_fingerprint(meta, {"tokenizer_digest": fingerprint["tokenizer_digest"]}, where)
   if meta["hash_layout"] is None:
     return
-  if meaning["hash_layout"] is None:
+  if fingerprint["hash_layout"] is None:
     raise ConfigError(f"{where} has a memory, which model.engram.layers=[] would drop")
-  check_identity(meta, {k: meaning[k] for k in ("token_map_digest", "hash_layout_digest")}, where)
-  placement = recipe.config.model.engram.placement
+  check_fingerprint(
+    meta, {k: fingerprint[k] for k in ("token_map_digest", "hash_layout_digest")}, where
+  )
+  placement = setup.config.model.engram.placement
   if placement != "device":
     raise ConfigError(
       f"{where} has a memory, whose tables go to the device: model.engram.placement={placement!r} "
@@ -107,12 +115,19 @@ def _check_shapes(run: str, old: TrainState, new: TrainState) -> None:
     )
 
 
-def _rounded(old: tuple[jax.Array, ...], new: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-  cast = jax.jit(lambda tables: tuple(x.astype(y.dtype) for x, y in zip(tables, new, strict=True)))
-  return old if all(x.dtype == y.dtype for x, y in zip(old, new, strict=True)) else cast(old)
+def _with_tables(new: TableState, old: dict[int, jax.Array]) -> TableState:
+  """`new` with these tables in its own dtype; as it is where there are none."""
+  if not old:
+    return new
+  dtypes = {n: new.tables[n].dtype for n in old}
+  if all(old[n].dtype == dtypes[n] for n in old):
+    return new._replace(tables=old)
+  cast = jax.jit(lambda tables: {n: x.astype(dtypes[n]) for n, x in tables.items()})
+  return new._replace(tables=cast(old))
 
 
-def _taken(new: Any, old: Any) -> Any:
+def _replace_leaves(new: Any, old: Any) -> Any:
+  """The tree `new` with the leaves that `old` has."""
   found = _leaves(old)
   return jax.tree_util.tree_map_with_path(lambda path, x: found.get(path_name(path), x), new)
 

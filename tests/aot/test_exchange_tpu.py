@@ -20,9 +20,10 @@ from engram_jax.aot.collectives import (
 from engram_jax.aot.hlo_text import Array
 from engram_jax.aot.topology import abstract_devices, topology
 from engram_jax.core.mesh import make_mesh
-from engram_jax.memory.table import by_rows, table_sharding
-from engram_jax.training.rows.adam import touched_row_adam
-from engram_jax.training.touched import ShardedRows, expand_rows
+from engram_jax.memory.table import row_major, table_sharding
+from engram_jax.tables.optimizers.adam import adam
+from engram_jax.tables.sharded import ShardedRows
+from engram_jax.tables.state import expand_rows
 
 ROWS, C, IDS = 1 << 21, 80, 1 << 12  # rows of the table; row ids that one device looks up
 D = 8
@@ -42,24 +43,24 @@ def program() -> Program:
   """Rows fetched, their gradients returned, the table updated: the memory's part of a step."""
   pytest.importorskip("libtpu")
   mesh = make_mesh({"fsdp": D}, abstract_devices(topology("v5p:2x2x2")))
-  rows = ShardedRows(touched_row_adam(0.1), mesh, 1.25, jnp.bfloat16)
+  rows = ShardedRows(adam(0.1), mesh, (ROWS,), 1.25, jnp.bfloat16)
   place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
-  table = jax.ShapeDtypeStruct((ROWS, C), jnp.float32, sharding=by_rows(table_sharding(mesh), 2))
+  table = jax.ShapeDtypeStruct((ROWS, C), jnp.float32, sharding=row_major(table_sharding(mesh), 2))
   state = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=by_rows(place(mesh.axis_names) if x.ndim else place(), x.ndim)
+      x.shape, x.dtype, sharding=row_major(place(mesh.axis_names) if x.ndim else place(), x.ndim)
     ),
     jax.eval_shape(rows.optimizer.init, table),
   )
-  ids = jax.ShapeDtypeStruct((1, D, IDS // 4, 4), jnp.int32, sharding=place(None, "fsdp"))
+  ids = jax.ShapeDtypeStruct((D, IDS // 4, 4), jnp.int32, sharding=place("fsdp"))
   weights = jax.ShapeDtypeStruct((D, IDS // 4, 4, C), jnp.bfloat16, sharding=place("fsdp"))
 
   def step(table, state, ids, weights):
-    fetched, tables, states = rows.fetch((table,), (state,), ids)
+    fetched, tables, states = rows.fetch((table,), (state,), (ids,))
     given, transpose = jax.vjp(lambda r: expand_rows(mesh, r, fetched.inverses[0]), fetched.rows[0])
     grads = transpose(weights * given)
-    summed = rows.collect(tables, fetched, grads)
-    return rows.update(fetched, grads, summed, tables, states, jnp.float32(1), jnp.bool_(True))
+    row_grads = rows.reduce_grads(fetched, grads)
+    return rows.update(fetched, row_grads, tables, states, jnp.float32(1), jnp.bool_(True))
 
   home = jax.tree.map(lambda x: x.format, ((table,), (state,)))
   step = jax.jit(step, donate_argnums=(0, 1), out_shardings=home)

@@ -8,7 +8,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.config import OptimizerConfig
-from engram_jax.training.rows.choose import row_optimizer
+from engram_jax.tables.table_optimizer import table_optimizer
 
 R, C, U = 1 << 22, 128, 1 << 12
 
@@ -29,7 +29,7 @@ def mesh():
 def test_tables_of_both_types_are_updated_in_place(mesh, kind, dtype):
   """Temporaries are as large as a few times the touched rows; a device's share of the table is 256
   times those. (XLA's CPU backend has no scatter of bfloat16 and makes a float32 copy.)"""
-  optimizer = row_optimizer(OptimizerConfig(table=kind), lambda step: 2e-3)
+  optimizer = table_optimizer(OptimizerConfig(table=kind), lambda step: 2e-3)
 
   def on_mesh(shape, dtype, *spec):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
@@ -42,7 +42,7 @@ def test_tables_of_both_types_are_updated_in_place(mesh, kind, dtype):
 
   def step(carry, grads, ids, ok):
     first_row = jax.lax.axis_index("rows") * carry[0].shape[0]
-    table, state = optimizer.prepare(*carry, ids, first_row=first_row)
+    table, state = optimizer.sync(*carry, ids, first_row=first_row)
     return optimizer.update(grads, state, table, ids, ok, first_row=first_row, axes=("rows",))
 
   carry = (table, state)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from engram_jax.aot.buffers import laid_out, sizes
+from engram_jax.aot.buffers import compile_to_buffer_assignment, sizes
 from engram_jax.aot.collectives import compile_with_text
 from engram_jax.aot.hlo_cost import cost
 from engram_jax.aot.report import compile_report
@@ -171,7 +171,7 @@ def refused(cfg, mesh):
 
 def test_a_mistake_while_lowering_comes_back_from_the_compilers_process():
   with pytest.raises(ConfigError, match="not like this"):
-    laid_out(refused, (None, None), {})
+    compile_to_buffer_assignment(refused, (None, None), {})
 
 
 def test_sizes_are_those_of_main_memory():

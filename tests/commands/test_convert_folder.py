@@ -34,7 +34,7 @@ from engram_jax.interop.folder import Folder
 from engram_jax.interop.reader import MemoryReader
 from engram_jax.memory.codecs import decode, encode
 from engram_jax.memory.compress import TokenCompressor
-from engram_jax.training.state import logical_rows, make_recipe, state_shapes, up_to_date
+from engram_jax.training.state import logical_rows, make_setup, state_shapes, up_to_date
 
 # Rows that lag behind and are stored in two bytes: what an export must bring up to date first.
 WORDS = ("--train.optimizer.table", "adam_catch_up", "--model.engram.table_dtype", "bfloat16")
@@ -76,11 +76,11 @@ def state_of(run: pathlib.Path):
   """The newest state as eval.py reads it."""
   cfg = open_run(run)
   layout = prepare(cfg, lambda _: None).layout
-  recipe = make_recipe(cfg, layout)
+  setup = make_setup(cfg, layout)
   with Checkpoints(run / "checkpoints", keep=None) as checkpoints:
-    like = state_shapes(recipe, layout)
+    like = state_shapes(setup)
     state = checkpoints.restore(24, like, rows=logical_rows(layout))
-  return up_to_date(recipe, state), layout
+  return up_to_date(setup, state), layout
 
 
 def bits(tree) -> list[tuple[np.dtype, bytes]]:

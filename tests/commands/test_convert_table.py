@@ -13,22 +13,22 @@ import numpy as np
 import pytest
 
 from engram_jax.commands import convert
-from engram_jax.commands.open_model import Opened, open_model, table_source
 from engram_jax.config import load_config
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.run_directory import open_run
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.inference.decoder import Weights
+from engram_jax.inference.load import LoadedModel, load_model, table_source
 from engram_jax.inference.stores.file import FileRows
 from engram_jax.inference.stores.write import write_table_file
 from engram_jax.memory.codecs import decode, encode
 from engram_jax.memory.compress import TokenCompressor
-from engram_jax.memory.dialects import HashLayout
 from engram_jax.memory.fingerprint import identity
+from engram_jax.memory.hash_layout import HashLayout
 from engram_jax.memory.table import padded_rows
+from engram_jax.tables.table_optimizer import table_optimizer
 from engram_jax.training import saved_rows
-from engram_jax.training.rows.choose import row_optimizer
-from engram_jax.training.state import logical_rows, make_recipe, state_shapes, up_to_date
+from engram_jax.training.state import logical_rows, make_setup, state_shapes, up_to_date
 
 STEP = 6
 OPTIMIZERS = {  # rows that lag behind, in both types, and rows that never do
@@ -51,7 +51,7 @@ def run(request, built, tmp_path_factory):
   engram, tokens = cfg.model.engram, TokenCompressor.identity(cfg.model.vocab_size)
   hash_sizes = (engram.rows_per_head, engram.max_ngram, engram.heads)
   layout = HashLayout.build(engram.dialect, engram.layers, *hash_sizes, tokens.size, 2)
-  optimizer = row_optimizer(cfg.train.optimizer, lambda step: 0.01 / (1 + step))
+  optimizer = table_optimizer(cfg.train.optimizer, lambda step: 0.01 / (1 + step))
   monkey = pytest.MonkeyPatch()
   monkey.setattr(saved_rows, "learning_rate", lambda *_: lambda step: 0.01 / (1 + step))
   cfg.run.directory.mkdir(parents=True)
@@ -154,7 +154,7 @@ def test_the_file_carries_the_runs_hash_and_tokens(run, tmp_path):
 
 
 def opened(run, step=STEP, width=None):
-  """A step of the run, as `open_model` gives it, without its weights."""
+  """A step of the run, as `load_model` gives it, without its weights."""
   cfg = open_run(run.path)
   if width:
     engram = cfg.model.engram.model_copy(update={"row_width": width})
@@ -162,7 +162,7 @@ def opened(run, step=STEP, width=None):
   with Checkpoints(run.path / "checkpoints", keep=None) as checkpoints:
     digest = table_source(run.path, step, checkpoints)["digest"]
   weights = Weights(cfg.model, None, {}, {}, run.layout, run.tokens)
-  return Opened(cfg, step, weights, None, 0, run.path, digest)
+  return LoadedModel(cfg, step, weights, None, 0, run.path, digest)
 
 
 def test_a_table_file_is_for_the_step_that_it_was_written_of(run, tmp_path):
@@ -219,7 +219,7 @@ def test_bf16_rows_that_were_trained_in_a_file_convert(lab, tmp_path):
   words = ("--model.engram.placement", "file", "--model.engram.table_dtype", "bfloat16")
   more = ("--train.steps", 3, "--train.optimizer.table", "adam")
   assert lab.training(lab.folder / "file", *words, *more).code == 0
-  model = open_model(lab.folder / "file" / "t", None, print)
+  model = load_model(lab.folder / "file" / "t", None, print)
   (table,), store = model.tables(), model.host_rows()
   assert store.kind == "bf16"
   for kind in ("f32", "bf16"):
@@ -283,9 +283,9 @@ def test_a_trained_run_converts_to_what_evaluation_reads(lab, tmp_path):
   with Checkpoints(path / "checkpoints", keep=None) as checkpoints:
     meta = checkpoints.meta(24)
     layout = HashLayout.from_description(meta["hash_layout"])
-    recipe = make_recipe(open_run(path), layout)
-    like = state_shapes(recipe, layout)
-    state = up_to_date(recipe, checkpoints.restore(24, like, rows=logical_rows(layout)))
+    setup = make_setup(open_run(path), layout)
+    like = state_shapes(setup)
+    state = up_to_date(setup, checkpoints.restore(24, like, rows=logical_rows(layout)))
   with FileRows(tmp_path / "t") as store:
     store.require(layout, meta["token_map_digest"])
   for got, table in zip(rows_of(tmp_path / "t", layout), state.tables, strict=True):

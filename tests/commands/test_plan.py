@@ -13,7 +13,7 @@ from engram_jax.config import EngramConfig, load_config
 from engram_jax.errors import ConfigError
 from engram_jax.memory.table import padded_rows
 from engram_jax.model.counts import count
-from engram_jax.training.state import init_state, make_recipe
+from engram_jax.training.state import init_state, make_setup
 
 SMALL = {"model.width": 16, "model.vocab_size": 300, "train.batch_size": 1}
 
@@ -78,7 +78,7 @@ def test_tables_show_parts_sums_rows_and_bytes(capsys):
 
 def test_bytes_are_those_of_the_training_state():
   cfg = load_config("configs/tiny.yaml", SMALL)
-  state = jax.eval_shape(lambda: init_state(make_recipe(cfg), plan.table_layout(cfg.model)))
+  state = jax.eval_shape(lambda: init_state(make_setup(cfg), plan.table_layout(cfg.model)))
   found = plan.make_plan(cfg)["bytes"]
 
   def nbytes(tree):

@@ -102,8 +102,8 @@ def test_corpus_holds_every_document_once_and_ends_each(data, folder):
   for corpus in (data.training, data.validation):
     for i in range(corpus.documents):
       ids = corpus.tokens[corpus.offsets[i] : corpus.offsets[i + 1]].tolist()
-      assert ids.count(data.eos_id) == 1
-      assert ids[-1] == data.eos_id
+      assert ids.count(data.end_id) == 1
+      assert ids[-1] == data.end_id
       found.append(data.tokenizer.decode(ids))
   assert sorted(found) == sorted(texts)
   assert data.sources == ("books", "web")
@@ -117,21 +117,22 @@ def test_corpus_holds_every_document_once_and_ends_each(data, folder):
 def test_rows_are_the_hash_of_each_window_alone(data):
   batch = data.training_pipeline().batch_at(3)
   for b in range(4):
-    ids_BT = data.compressor(batch["tokens"][b : b + 1])
+    ids_BT = data.vocabulary.compressor(batch["tokens"][b : b + 1])
     for at, layer in enumerate((1, 2)):
-      hashed = hash_ids_numpy(data.layout, layer, ids_BT, batch["segments"][b : b + 1])
-      rows = hashed + np.array(data.layout.offsets[layer])
+      hashed = hash_ids_numpy(data.vocabulary.layout, layer, ids_BT, batch["segments"][b : b + 1])
+      rows = hashed + np.array(data.vocabulary.layout.offsets[layer])
       np.testing.assert_array_equal(batch["row_ids"][at, b : b + 1], rows)
   assert batch["row_ids"].shape == (2, 4, 16, 4)
   assert batch["row_ids"].dtype == np.int32
   assert all(
-    batch["row_ids"][at].max() < data.layout.rows[layer] for at, layer in enumerate((1, 2))
+    batch["row_ids"][at].max() < data.vocabulary.layout.rows[layer]
+    for at, layer in enumerate((1, 2))
   )
 
 
 def test_rows_cross_documents_only_when_told_to(data, folder):
   across = quiet(config(folder, **{"model.engram.reset_at_documents": False}))
-  assert across.layout == data.layout
+  assert across.layout == data.vocabulary.layout
   inside, over = (d.training_pipeline().batch_at(0) for d in (data, across))
   for name in NAMES:
     np.testing.assert_array_equal(inside[name], over[name])
@@ -143,14 +144,14 @@ def test_rows_cross_documents_only_when_told_to(data, folder):
 
 def test_without_a_memory_there_are_no_rows(folder):
   data = quiet(config(folder, **{"model.engram.layers": []}))
-  assert data.layout is None
+  assert data.vocabulary.layout is None
   assert data.training_pipeline().batch_at(0).keys() == set(NAMES)
 
 
 def test_qwen_dialect_hashes_raw_ids(folder):
   data = quiet(config(folder, **{"model.engram.dialect": "qwen_ple", "model.engram.pad_id": 0}))
-  np.testing.assert_array_equal(data.compressor.table, np.arange(320))
-  assert (data.layout.compressed_vocab, data.layout.pad_id) == (320, 0)
+  np.testing.assert_array_equal(data.vocabulary.compressor.table, np.arange(320))
+  assert (data.vocabulary.layout.compressed_vocab, data.vocabulary.layout.pad_id) == (320, 0)
 
 
 def test_resuming_repeats_and_skips_nothing(data):
@@ -162,7 +163,7 @@ def test_resuming_repeats_and_skips_nothing(data):
 
 
 def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(data):
-  windows = data.training_pipeline().windows
+  windows = data.training_pipeline().examples
   pipeline = Pipeline(windows, batch_size=1, seed=0)
   in_order = windows(np.arange(len(windows)))["tokens"]
   epochs = [
@@ -177,7 +178,7 @@ def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(data):
 
 
 def test_seeds_do_not_share_orders(data):
-  windows = data.training_pipeline().windows
+  windows = data.training_pipeline().examples
   second_epoch, other_seed = (
     [Pipeline(windows, 1, seed).batch_at(first + i)["tokens"] for i in range(20)]
     for seed, first in ((0, len(windows)), (1, 0))
@@ -186,7 +187,7 @@ def test_seeds_do_not_share_orders(data):
 
 
 def test_threads_change_nothing(data):
-  windows = data.training_pipeline().windows
+  windows = data.training_pipeline().examples
   with contextlib.ExitStack() as stack:
     one, four = (
       stack.enter_context(contextlib.closing(Pipeline(windows, 4, 0, threads=n).iterate(5)))
@@ -197,7 +198,7 @@ def test_threads_change_nothing(data):
 
 
 def test_workers_change_nothing(data):
-  windows = data.training_pipeline().windows
+  windows = data.training_pipeline().examples
   plain = Pipeline(windows, 4, 0)
   with contextlib.closing(Pipeline(windows, 4, 0, workers=1).iterate(7)) as batches:
     for step in range(7, 10):
@@ -219,7 +220,7 @@ def test_shares_of_a_batch_are_its_rows(data, shares):
 
 
 def test_workers_make_shares_too(data):
-  windows, rows = data.training_pipeline().windows, np.array([1, 3])
+  windows, rows = data.training_pipeline().examples, np.array([1, 3])
   with contextlib.closing(Pipeline(windows, 4, 0, workers=1).iterate(7, rows)) as batches:
     assert_equal(next(batches), Pipeline(windows, 4, 0).batch_at(7, rows))
 
@@ -255,7 +256,7 @@ def test_a_second_start_reads_the_cache_alone(data, folder, monkeypatch):
 
   monkeypatch.setattr(data_pipeline.sources.files, "read_files", fail)
   again = quiet(config(folder))
-  assert again.tokenizer_digest == data.tokenizer_digest
+  assert again.tokenizer_digest == data.vocabulary.tokenizer_digest
   assert_equal(again.training_pipeline().batch_at(0), data.training_pipeline().batch_at(0))
   corpora = list((folder.parent / "cache" / "corpora").iterdir())
   assert not [path for path in corpora if path.name.startswith(".part-")]
@@ -270,7 +271,7 @@ cfg = load_config(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
 data = prepare(cfg, log=lambda line: None)
-print(data.tokenizer_digest, data.training.digest, data.compressor.digest, data.training.path)
+print(data.vocabulary.tokenizer_digest, data.training.digest, data.vocabulary.compressor.digest, data.training.path)
 """
 
 
@@ -298,7 +299,7 @@ def test_the_order_of_files_and_lines_plays_no_part(data, folder, tmp_path):
   (copy / "a.jsonl").write_text("\n".join(reversed(lines)))
   (copy / "b.jsonl").write_text((folder / "books.jsonl").read_text())
   other = quiet(config(copy))
-  assert other.tokenizer_digest == data.tokenizer_digest
+  assert other.tokenizer_digest == data.vocabulary.tokenizer_digest
   np.testing.assert_array_equal(other.training.tokens, data.training.tokens)
 
 

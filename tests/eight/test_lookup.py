@@ -74,7 +74,7 @@ SKEWED = {
 }
 
 
-@pytest.mark.parametrize("capacity", [1.25, 0.01], ids=["room", "further_rounds"])
+@pytest.mark.parametrize("capacity", [1.25, 0.01], ids=["room", "overflow_rounds"])
 @pytest.mark.parametrize("name", SKEWED)
 def test_skewed_ids_are_served_exactly(name, capacity):
   assert_exact(0, 3000, SKEWED[name](np.random.default_rng(1)), capacity)
@@ -123,28 +123,28 @@ def test_the_transpose_is_the_adjoint():
 
 def test_rounds_follow_from_how_many_ids_there_are_and_not_from_where_they_lie():
   """Ids that lie side by side in a table of two thousand million rows take no more than others."""
-  mesh, D, each = mesh_of(0), 8, 1024
-  s = exchange.shards(("data",), D, (2**31 - 1024) // D, each, 0.25)
+  mesh, P, each = mesh_of(0), 8, 1024
+  p = exchange.make_partition(("data",), P, (2**31 - 1024) // P, each, 0.25)
 
   def rounds(ids):
-    wants = [exchange.wanted(ids, s)]
-    return exchange.in_further_rounds(lambda carry, _: carry, (), wants, [s])[1][None]
+    requests = [exchange.make_requests(ids, p)]
+    return exchange.overflow_rounds(lambda carry, _: carry, (), requests, [p])[1][None]
 
   spec = PartitionSpec("data")
   count = jax.jit(jax.shard_map(rounds, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
   random = np.random.default_rng(4)
-  draw = lambda high: np.sort(random.integers(0, high, D * each).astype(np.int32))
-  needed = lambda wanted: -(-(wanted - s.slots) // s.spare)
-  one = count(np.full(D * each, 9, np.int32))
-  spread = count(random.permutation(draw(D * s.rows)))
-  crowded = count(random.permutation(draw(s.rows)))
-  beside = count(np.arange(D * each, dtype=np.int32) + s.rows - 5)  # each device rows of its own
+  draw = lambda high: np.sort(random.integers(0, high, P * each).astype(np.int32))
+  needed = lambda wanted: -(-(wanted - p.slots) // p.overflow_slots)
+  one = count(np.full(P * each, 9, np.int32))
+  spread = count(random.permutation(draw(P * p.rows)))
+  crowded = count(random.permutation(draw(p.rows)))
+  beside = count(np.arange(P * each, dtype=np.int32) + p.rows - 5)  # each device rows of its own
   for found in (spread, crowded, beside):
     assert (np.asarray(found) == found[0]).all()  # alike on every device
   assert one[0] == 0
-  assert 0 < needed(each // D) <= spread[0] <= 2 * needed(each // D) + 8
+  assert 0 < needed(each // P) <= spread[0] <= 2 * needed(each // P) + 8
   assert needed(each) <= crowded[0] <= 2 * needed(each)
-  assert beside[0] <= D * (each // s.spare + 1)
+  assert beside[0] <= P * (each // p.overflow_slots + 1)
 
 
 ROWS, WIDTH, IDS = 1 << 18, 64, 8 * 8192  # one device wants 8,192 ids of a table of 262,144 rows
@@ -182,11 +182,12 @@ def test_little_more_travels_than_the_distinct_rows(program):
 
 
 def test_without_a_table_gradient_nothing_of_its_size_is_made():
-  from engram_jax.training.rows.adam import touched_row_adam
-  from engram_jax.training.touched import ShardedRows, expand_rows
+  from engram_jax.tables.optimizers.adam import adam
+  from engram_jax.tables.sharded import ShardedRows
+  from engram_jax.tables.state import expand_rows
 
   mesh = mesh_of(0)
-  rows = ShardedRows(touched_row_adam(0.1), mesh, 1.25, jnp.float32)
+  rows = ShardedRows(adam(0.1), mesh, (ROWS,), 1.25, jnp.float32)
   spread = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
   table = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32, sharding=table_sharding(mesh))
   per_row = lambda x: spread(mesh.axis_names) if x.ndim else spread()
@@ -194,15 +195,15 @@ def test_without_a_table_gradient_nothing_of_its_size_is_made():
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=per_row(x)),
     jax.eval_shape(rows.optimizer.init, table),
   )
-  ids = jax.ShapeDtypeStruct((1, 8, 512, 2), jnp.int32, sharding=spread(None, "data"))
+  ids = jax.ShapeDtypeStruct((8, 512, 2), jnp.int32, sharding=spread("data"))
   weights = jax.ShapeDtypeStruct((8, 512, 2, WIDTH), jnp.float32, sharding=spread("data"))
 
   def run(table, state, ids, weights):
-    fetched, tables, states = rows.fetch((table,), (state,), ids)
+    fetched, tables, states = rows.fetch((table,), (state,), (ids,))
     _, transpose = jax.vjp(lambda r: expand_rows(mesh, r, fetched.inverses[0]), fetched.rows[0])
     grads = transpose(weights)
-    summed = rows.collect(tables, fetched, grads)
-    return rows.update(fetched, grads, summed, tables, states, jnp.float32(1), jnp.bool_(True))
+    row_grads = rows.reduce_grads(fetched, grads)
+    return rows.update(fetched, row_grads, tables, states, jnp.float32(1), jnp.bool_(True))
 
   program = jax.jit(run, donate_argnums=(0, 1)).lower(table, state, ids, weights).compile()
   made = {i.opcode for i in makers(program.as_text(), ROWS // 8)}

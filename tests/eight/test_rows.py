@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from engram_jax.config import OptimizerConfig
 from engram_jax.core.mesh import AXES, make_mesh
-from engram_jax.training.rows.choose import row_optimizer
+from engram_jax.tables.table_optimizer import table_optimizer
 
 R, C, U, STEPS, DEVICES = 64, 8, 5, 4, 8
 KINDS = ("adam", "adam_catch_up", "adagrad", "sinkhorn")
@@ -45,7 +45,7 @@ def _whole(ids, grads):
 def _step_on_shards(optimizer, mesh, state):
   def step(table, state, ids, grads, ok):
     first_row = jax.lax.axis_index(AXES) * table.shape[0]
-    table, state = optimizer.prepare(table, state, ids[0], first_row=first_row)
+    table, state = optimizer.sync(table, state, ids[0], first_row=first_row)
     return optimizer.update(grads[0], state, table, ids[0], ok, first_row=first_row, axes=AXES)
 
   specs = (BY_ROWS, _specs(state))
@@ -64,7 +64,7 @@ def _flush_on_shards(optimizer, mesh, state):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_eight_shards_give_what_one_device_gives(kind, dtype):
-  optimizer = row_optimizer(OptimizerConfig(table=kind), lambda step: 4e-3 / (1.0 + step))
+  optimizer = table_optimizer(OptimizerConfig(table=kind), lambda step: 4e-3 / (1.0 + step))
   mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   table = jax.random.normal(jax.random.key(0), (R, C)).astype(dtype)
   state = optimizer.init(table)
@@ -75,7 +75,7 @@ def test_eight_shards_give_what_one_device_gives(kind, dtype):
 
   @jax.jit
   def step_one(table, state, ids, grads, ok):
-    return optimizer.update(grads, *reversed(optimizer.prepare(table, state, ids)), ids, ok)
+    return optimizer.update(grads, *reversed(optimizer.sync(table, state, ids)), ids, ok)
 
   for ids, grads, ok in _batches():
     shards = step(*shards, ids, grads, np.bool_(ok))

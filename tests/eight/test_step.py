@@ -11,7 +11,7 @@ from engram_jax.aot.report import lower_train_step
 from engram_jax.config import load_config
 from engram_jax.core.mesh import make_mesh, to_global
 from engram_jax.model.counts import table_layout
-from engram_jax.training.state import init_state, make_recipe
+from engram_jax.training.state import init_state, make_setup
 from engram_jax.training.step import make_train_step
 
 B, T, V, STEPS = 8, 16, 304, 20
@@ -80,8 +80,8 @@ def batch(step: int, layout) -> dict[str, np.ndarray]:
 def losses(cfg, mesh) -> tuple[list[float], list[np.ndarray], float]:
   """20 losses, the tables after them, and the most rounds any exchange took."""
   layout = table_layout(cfg.model)
-  recipe = make_recipe(cfg, layout, mesh)
-  state, step = init_state(recipe, layout), make_train_step(recipe)
+  setup = make_setup(cfg, layout, mesh)
+  state, step = init_state(setup), make_train_step(setup)
   seen, rounds = [], 0.0
   for i in range(STEPS):
     state, metrics = step(state, to_global(batch(i, layout), mesh, B))

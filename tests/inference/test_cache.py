@@ -27,7 +27,7 @@ from engram_jax.inference.stores.file import FileRows
 from engram_jax.inference.stores.host import HostRows
 from engram_jax.inference.stores.write import write_table_file
 from engram_jax.memory.compress import TokenCompressor
-from engram_jax.memory.dialects import HashLayout
+from engram_jax.memory.hash_layout import HashLayout
 from engram_jax.training.sample import row_ids
 
 WIDTH = 8

@@ -27,7 +27,7 @@ from engram_jax.inference.stores.host import HostRows
 from engram_jax.inference.stores.write import write_table_file
 from engram_jax.memory.codecs import KINDS, decode, encode
 from engram_jax.memory.compress import TokenCompressor
-from engram_jax.memory.dialects import HashLayout
+from engram_jax.memory.hash_layout import HashLayout
 
 ROOT = pathlib.Path(engram_jax.__file__).parents[1]
 WIDTH = 40
@@ -474,7 +474,7 @@ import os, sys, time
 import numpy as np
 from engram_jax.inference.stores.file import FileRows
 from engram_jax.inference.stores.table_file import TableHeader
-from engram_jax.memory.dialects import HashLayout
+from engram_jax.memory.hash_layout import HashLayout
 path = sys.argv[1]
 layout = HashLayout.build("deepseek_v41", [1, 14], 16_000_000, 4, 8, 99092, 2)
 header = TableHeader.plan(layout, "0" * 64, "fp8_e4m3", 256)

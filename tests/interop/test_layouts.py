@@ -28,7 +28,7 @@ from engram_jax.interop.deepseek import encode_blocks, tensor_name
 from engram_jax.interop.reader import MemoryReader
 from engram_jax.memory.compress import TokenCompressor
 from engram_jax.memory.fingerprint import identity
-from engram_jax.training.state import init_state, make_recipe
+from engram_jax.training.state import init_state, make_setup
 
 TEXT = "def heappush(heap, item):"
 V41 = {"dialect": "deepseek_v41", "conv_kernel": 0, "layers": [0, 1], "row_width": 48}
@@ -46,8 +46,8 @@ def export(lab, built, tmp_path_factory):
     where = {"run.root": str(folder), "run.name": "t"}
     cfg = load_config(built.config, where | {f"model.engram.{k}": v for k, v in engram.items()})
     data = prepare(cfg, lambda _: None)
-    recipe = make_recipe(cfg, data.layout)
-    state = init_state(recipe, data.layout)
+    setup = make_setup(cfg, data.vocabulary.layout)
+    state = init_state(setup)
     leaves, tree = jax.tree.flatten((state.params, state.tables))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     leaves = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
@@ -58,7 +58,9 @@ def export(lab, built, tmp_path_factory):
     (run / "config.yaml").write_text(cfg.to_yaml())
     (run / "tokenizer.json").write_text(data.tokenizer.to_str())
     text = data.training.digest
-    meaning = identity(data.tokenizer_digest, data.compressor, data.layout, text)
+    meaning = identity(
+      data.vocabulary.tokenizer_digest, data.vocabulary.compressor, data.vocabulary.layout, text
+    )
     with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
       checkpoints.save(0, state, meaning | {"next_batch": 0})
     done = lab.run(command, "convert", "export", "--run", run, "--to", folder / "e")

@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 
-from engram_jax.memory.dialects import HashLayout, is_prime, primes_from
+from engram_jax.memory.hash_layout import HashLayout, is_prime, primes_from
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 DEMO = ("engram", [1, 15], 646_400, 3, 8, 98_627, 2)
@@ -133,7 +133,7 @@ def test_a_layout_is_one_hashable_picklable_value():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"dialect": "crc32"}, "dialect='crc32' is none of engram, deepseek_v41, qwen_ple"),
+    ({"dialect": "crc32"}, "dialect='crc32' is none of deepseek_v41, engram, qwen_ple"),
     ({"max_ngram": 1}, "max_ngram=1 must be at least 2"),
     ({"heads": 0}, "heads=0 must be at least 1"),
     ({"layers": (1, 1)}, r"layers=\[1, 1\] must be distinct"),

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engram_jax.config import DIALECTS
 from engram_jax.memory import hashing_jit
 from engram_jax.memory.compress import TokenCompressor
-from engram_jax.memory.dialects import DIALECTS, primes_from
+from engram_jax.memory.hash_layout import primes_from
 from engram_jax.memory.hashing import HashLayout, hash_ids, hash_ids_numpy, invalid_ids
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from engram_jax.core.mesh import AXES, batch_sharding, make_mesh, replicated
-from engram_jax.memory.dedup import FILL, _by_place, expand, take_rows, unique_rows
+from engram_jax.memory.dedup import FILL, _sort_with_positions, dedup, expand, gather_rows
 from engram_jax.memory.table import (
   check_row_ids,
   init_table,
@@ -86,8 +86,8 @@ def test_bad_ids_are_refused_where_they_enter():
     check_row_ids(np.asarray([1.0]), ROWS)
 
 
-unique_in_jit = jax.jit(unique_rows, static_argnums=1)
-by_place = jax.jit(_by_place, static_argnums=1)
+unique_in_jit = jax.jit(dedup, static_argnums=1)
+by_place = jax.jit(_sort_with_positions, static_argnums=1)
 
 
 @hypothesis.settings(deadline=None, max_examples=60)
@@ -95,7 +95,7 @@ by_place = jax.jit(_by_place, static_argnums=1)
   hypothesis.extra.numpy.arrays(np.int32, (3, 8), elements=st.integers(0, ROWS - 1)),
   st.sampled_from([ROWS, 1000, 20]),
 )
-def test_unique_rows_equal_numpy(ids, rows):
+def test_dedup_equals_numpy(ids, rows):
   ids = ids % rows
   unique = unique_in_jit(ids, rows)
   expected, inverse = np.unique(ids, return_inverse=True)
@@ -112,8 +112,8 @@ def test_unique_rows_equal_numpy(ids, rows):
 
 def test_distinct_rows_expand_to_the_lookup(table):
   ids = some_ids()
-  unique = unique_rows(ids, table.shape[0])
-  rows_UC = take_rows(table, unique.ids_U)
+  unique = dedup(ids, table.shape[0])
+  rows_UC = gather_rows(table, unique.ids_U)
   np.testing.assert_array_equal(expand(rows_UC, unique.inverse), lookup(table, ids))
   assert np.all(np.isnan(rows_UC[unique.count :]))
 
@@ -122,8 +122,8 @@ def test_gradients_of_distinct_rows_are_the_tables(table):
   """Also where most of U is fill: those gradients are zero and point past the table."""
   ids = some_ids()
   loss = lambda rows: jnp.sum(jnp.sin(rows) * jnp.arange(1.0, C + 1))
-  unique = unique_rows(ids, table.shape[0])
-  rows_UC = take_rows(table, unique.ids_U)
+  unique = dedup(ids, table.shape[0])
+  rows_UC = gather_rows(table, unique.ids_U)
   grads_UC = jax.jit(jax.grad(lambda r: loss(expand(r, unique.inverse))))(rows_UC)
   np.testing.assert_array_equal(grads_UC[unique.count :], 0)
   dense = jax.jit(jax.grad(lambda t: loss(lookup(t, ids))))(table)

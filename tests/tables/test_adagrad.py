@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engram_jax.training.rows.adagrad import row_adagrad
+from engram_jax.tables.optimizers.adagrad import adagrad
 
 R, C, EPS = 10, 4, 1e-6
 
 
 def test_equals_dense_row_wise_adagrad():
   rate = lambda step: 0.1 / (1 + step)
-  ours = row_adagrad(rate, EPS)
+  ours = adagrad(rate, EPS)
   rng = np.random.default_rng(0)
   table = rng.normal(size=(R, C)).astype(np.float32)
   expected, square = table.astype(np.float64), np.zeros(R)
@@ -30,20 +30,20 @@ def test_equals_dense_row_wise_adagrad():
 
 
 def test_a_rows_first_step_has_an_rms_of_the_learning_rate():
-  ours = row_adagrad(0.01)
+  ours = adagrad(0.01)
   table, grads = jnp.zeros((R, C)), jax.random.normal(jax.random.key(0), (2, C)) * 1e-3
   table, _ = ours.update(grads, ours.init(table), table, jnp.array([1, 4]))
   np.testing.assert_allclose(jnp.sqrt((table[jnp.array([1, 4])] ** 2).mean(1)), 0.01, rtol=1e-4)
 
 
 def test_its_state_is_one_number_a_row():
-  state = row_adagrad(0.01).init(jnp.zeros((R, C), jnp.bfloat16))
+  state = adagrad(0.01).init(jnp.zeros((R, C), jnp.bfloat16))
   assert state.square_R.shape == (R,)
   assert state.square_R.dtype == jnp.float32
 
 
 def test_a_gradient_of_zero_moves_nothing():
-  ours = row_adagrad(0.01)
+  ours = adagrad(0.01)
   table = jnp.ones((R, C))
   new, state = ours.update(jnp.zeros((1, C)), ours.init(table), table, jnp.array([3]))
   np.testing.assert_array_equal(new, table)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from engram_jax.training.rows.adam import touched_row_adam
+from engram_jax.tables.optimizers.adam import adam
 
 R, C = 16, 4
 
@@ -20,7 +20,7 @@ def _grads(count, step):
 
 def test_equals_optax_adam_where_every_row_is_touched():
   schedule = optax.linear_schedule(0.01, 0.05, 5)
-  ours, theirs = touched_row_adam(schedule, 0.9, 0.95, 1e-8), optax.adam(schedule, 0.9, 0.95, 1e-8)
+  ours, theirs = adam(schedule, 0.9, 0.95, 1e-8), optax.adam(schedule, 0.9, 0.95, 1e-8)
   table = expected = _table()
   state, expected_state = ours.init(table), theirs.init(table)
   step, expected_step = jax.jit(ours.update), jax.jit(theirs.update)
@@ -34,17 +34,17 @@ def test_equals_optax_adam_where_every_row_is_touched():
 
 
 def test_a_rare_row_moves_as_adam_on_its_own_gradients():
-  ours, adam = touched_row_adam(0.01), optax.adam(0.01, 0.9, 0.95)
+  ours, theirs = adam(0.01), optax.adam(0.01, 0.9, 0.95)
   update = jax.jit(ours.update)
   table, rare = _table(), 5
   row = table[rare]
-  state, row_state = ours.init(table), adam.init(row)
+  state, row_state = ours.init(table), theirs.init(row)
   for i in range(8):
     touched = i in (2, 3, 7)
     ids, grads = jnp.array([1, rare if touched else 9], jnp.int32), _grads(2, i)
     table, state = update(grads, state, table, ids)
     if touched:
-      moved, row_state = adam.update(grads[1], row_state)
+      moved, row_state = theirs.update(grads[1], row_state)
       row = optax.apply_updates(row, moved)
   np.testing.assert_allclose(table[rare], row, atol=1e-6)
   assert state.touched_R[rare] == 3
@@ -52,5 +52,5 @@ def test_a_rare_row_moves_as_adam_on_its_own_gradients():
 
 
 def test_bfloat16_tables_keep_float32_moments():
-  state = touched_row_adam(0.01).init(_table().astype(jnp.bfloat16))
+  state = adam(0.01).init(_table().astype(jnp.bfloat16))
   assert state.mu_RC.dtype == state.nu_RC.dtype == jnp.float32

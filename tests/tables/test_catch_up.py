@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from engram_jax.training.rows import catch_up
-from engram_jax.training.rows.catch_up import adam_catch_up, glide_steps
+from engram_jax.tables.optimizers import adam_catch_up as catch_up
+from engram_jax.tables.optimizers.adam_catch_up import adam_catch_up, decay_steps
 
 R, C, U = 12, 4, 5
 RARE = R - 1  # touched by the first steps alone, and read again when it has long stood still
@@ -51,7 +51,7 @@ def dense(ids, grads):
 def test_equals_dense_adam_over_hundreds_of_steps(b1, b2):
   """The last pair has b1 > sqrt(b2): there a row without gradients speeds up before it stops."""
   ours, theirs = adam_catch_up(_schedule, b1, b2, 1e-8), optax.adam(_schedule, b1, b2, 1e-8)
-  prepare, update = jax.jit(ours.prepare), jax.jit(ours.update)
+  sync, update = jax.jit(ours.sync), jax.jit(ours.update)
 
   @jax.jit
   def expected_step(grads, state, table):
@@ -61,7 +61,7 @@ def test_equals_dense_adam_over_hundreds_of_steps(b1, b2):
   table = expected = _table()
   state, expected_state = ours.init(table), theirs.init(table)
   for ids, grads in batches():
-    table, state = prepare(table, state, ids)
+    table, state = sync(table, state, ids)
     rows = ids[ids < R]
     np.testing.assert_allclose(table[rows], expected[rows], atol=1e-6)
     table, state = update(grads, state, table, ids)
@@ -75,7 +75,7 @@ def test_equals_dense_adam_over_hundreds_of_steps(b1, b2):
 
 
 OURS = adam_catch_up(_schedule)
-prepare, update, flush = jax.jit(OURS.prepare), jax.jit(OURS.update), jax.jit(OURS.flush)
+sync, update, flush = jax.jit(OURS.sync), jax.jit(OURS.update), jax.jit(OURS.flush)
 
 
 def _some_steps(count, table=None):
@@ -86,11 +86,11 @@ def _some_steps(count, table=None):
   return table, state
 
 
-def test_an_update_catches_up_with_rows_that_were_not_prepared():
+def test_an_update_catches_up_with_rows_that_were_not_synced():
   table, state = _some_steps(40)
   ids, grads = batches()[40]
-  prepared = update(grads, *reversed(prepare(table, state, ids)), ids)
-  chex.assert_trees_all_close(update(grads, state, table, ids), prepared, atol=1e-7)
+  synced = update(grads, *reversed(sync(table, state, ids)), ids)
+  chex.assert_trees_all_close(update(grads, state, table, ids), synced, atol=1e-7)
 
 
 def test_steps_that_are_not_ok_are_no_steps():
@@ -111,10 +111,10 @@ def test_looking_changes_nothing():
 
 
 @pytest.mark.parametrize("rows", [5, 16, 21])
-def test_flush_is_prepare_of_every_row_in_turns(rows, monkeypatch):
+def test_flush_is_sync_of_every_row_in_turns(rows, monkeypatch):
   monkeypatch.setattr(catch_up, "FLUSH_ROWS", 8)
   table, state = _some_steps(20, jax.random.normal(jax.random.key(1), (rows, C)))
-  every = prepare(table, state, jnp.arange(rows))
+  every = sync(table, state, jnp.arange(rows))
   in_turns = jax.jit(lambda *both: OURS.flush(*both))(table, state)
   chex.assert_trees_all_close(in_turns, every, atol=1e-7)
 
@@ -132,18 +132,18 @@ def test_flush_makes_no_second_table():
 
 
 @pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.95), (0.9, 0.999), (0.5, 0.9), (0.97, 0.95)])
-def test_what_a_row_would_still_glide_cannot_be_seen(b1, b2):
+def test_what_a_row_would_still_move_cannot_be_seen(b1, b2):
   """Of the worst row: one whose gradients grew so that its momentum is the largest it can be."""
   if b1 * b1 < b2:
     q = (1 - b1) / math.sqrt((1 - b2) * (1 - b1 * b1 / b2))
-    k = np.arange(glide_steps(b1, b2) + 1, 100_000)
+    k = np.arange(decay_steps(b1, b2) + 1, 100_000)
     tail = q / (1 - b1) * ((b1 / math.sqrt(b2)) ** k).sum()
     assert tail < 2**-24
     assert tail > 2**-26
   else:
-    assert np.float32(3e38) * b1 ** glide_steps(b1, b2) < np.finfo(np.float32).smallest_subnormal
+    assert np.float32(3e38) * b1 ** decay_steps(b1, b2) < np.finfo(np.float32).smallest_subnormal
 
 
-def test_without_momentum_nothing_glides():
-  assert glide_steps(0.0, 0.95) == 0
-  assert glide_steps(0.9, 0.95) == 272
+def test_without_momentum_no_row_moves():
+  assert decay_steps(0.0, 0.95) == 0
+  assert decay_steps(0.9, 0.95) == 272

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from engram_jax.config import OptimizerConfig
-from engram_jax.training.rows.choose import row_optimizer
+from engram_jax.tables.table_optimizer import table_optimizer
 
 R, C = 16, 4
 KINDS = ("adam", "adam_catch_up", "adagrad", "sinkhorn")
-OPTIMIZERS = {kind: row_optimizer(OptimizerConfig(table=kind), lambda step: 2e-3) for kind in KINDS}
+OPTIMIZERS = {
+  kind: table_optimizer(OptimizerConfig(table=kind), lambda step: 2e-3) for kind in KINDS
+}
 DTYPES = (jnp.float32, jnp.bfloat16)
 
 
@@ -28,7 +30,7 @@ def in_place(kind):
   """As in the training step: what goes in comes out in the same order, so buffers pair up."""
 
   def step(carry, grads, ids, ok):
-    table, state = OPTIMIZERS[kind].prepare(*carry, ids)
+    table, state = OPTIMIZERS[kind].sync(*carry, ids)
     return OPTIMIZERS[kind].update(grads, state, table, ids, ok)
 
   return jax.jit(step, donate_argnums=0)
@@ -116,11 +118,11 @@ def test_the_order_of_ids_does_not_matter(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_up_to_date_are_left_alone_by_prepare_and_flush(kind):
+def test_rows_up_to_date_are_left_alone_by_sync_and_flush(kind):
   """All of them, for every optimizer but the one that catches up; there, those just written."""
   before = _warm(kind, jnp.bfloat16)
   chex.assert_trees_all_equal(
-    _bits(jax.jit(OPTIMIZERS[kind].prepare)(*before, _ids(1, 7))), _bits(before)
+    _bits(jax.jit(OPTIMIZERS[kind].sync)(*before, _ids(1, 7))), _bits(before)
   )
   chex.assert_trees_all_equal(_bits(jax.jit(OPTIMIZERS[kind].flush)(*before)), _bits(before))
 
@@ -161,7 +163,7 @@ def test_the_same_step_gives_the_same_bits(kind):
 
 
 def test_rows_lag_where_the_optimizer_catches_up_and_nowhere_else():
-  assert [kind for kind in KINDS if OPTIMIZERS[kind].lags] == ["adam_catch_up"]
+  assert [kind for kind in KINDS if OPTIMIZERS[kind].is_lazy] == ["adam_catch_up"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -169,7 +171,7 @@ def test_tables_learn_at_their_own_rate(kind):
   """table_rate times the schedule's learning rate."""
   ids, moves = _ids(2, 6), []
   for rate in (1.0, 3.0):
-    chosen = row_optimizer(OptimizerConfig(table=kind, table_rate=rate), lambda step: 1e-3)
+    chosen = table_optimizer(OptimizerConfig(table=kind, table_rate=rate), lambda step: 1e-3)
     table, _ = chosen.update(_grads(2, 0), chosen.init(_table()), _table(), ids)
     moves.append((table - _table())[ids])
   np.testing.assert_allclose(moves[1], 3 * moves[0], atol=1e-6)

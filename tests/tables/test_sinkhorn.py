@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.training.rows.sinkhorn import ADAM_RMS, row_sinkhorn
+from engram_jax.tables.optimizers.sinkhorn import ADAM_RMS, sinkhorn
 
 R, C, RATE = 12, 6, 0.1
-update = jax.jit(row_sinkhorn(RATE).update)
+update = jax.jit(sinkhorn(RATE).update)
 
 
 def _rms(x, axis):
@@ -28,7 +28,7 @@ def balanced(x):
 
 def _start(dtype=jnp.float32):
   table = jax.random.normal(jax.random.key(0), (R, C)).astype(dtype)
-  return table, row_sinkhorn(RATE).init(table)
+  return table, sinkhorn(RATE).init(table)
 
 
 def _grads(rng, count):

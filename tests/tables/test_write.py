@@ -8,8 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_jax.config import OptimizerConfig
-from engram_jax.training.rows.choose import row_optimizer
-from engram_jax.training.rows.write import GLIDE, STEP, noise, put_rounded, round_by, writable
+from engram_jax.tables.table_optimizer import (
+  STEP,
+  SYNC,
+  noise,
+  put_rounded,
+  round_by,
+  table_optimizer,
+  writable,
+)
 
 ROWS = jnp.arange(1 << 14, dtype=jnp.uint32)
 EDGES = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -3.5, 2.0**-120], np.float32)
@@ -63,7 +70,7 @@ def test_noise_is_uniform_and_of_the_place_alone():
 
 
 @pytest.mark.parametrize(
-  "other", [lambda: noise(4, STEP, ROWS, 8), lambda: noise(3, GLIDE, ROWS, 8), None, "columns"]
+  "other", [lambda: noise(4, STEP, ROWS, 8), lambda: noise(3, SYNC, ROWS, 8), None, "columns"]
 )
 def test_noise_of_other_steps_streams_rows_and_columns_is_unrelated(other):
   first = np.asarray(noise(3, STEP, ROWS, 8))
@@ -96,7 +103,7 @@ def test_steps_too_small_for_the_table_add_up(kind):
   step = 0.01 * spacing
   # Adagrad's steps shrink with the root of their number; this schedule undoes that.
   rate = lambda s: step / scale * (jnp.sqrt(s + 1.0) if kind == "adagrad" else 1.0)
-  chosen = row_optimizer(config, rate)
+  chosen = table_optimizer(config, rate)
   table = jnp.full((256, 4), 1.0, jnp.bfloat16)
   state, grads, update = chosen.init(table), jnp.ones((256, 4)), jax.jit(chosen.update)
   for _ in range(50):

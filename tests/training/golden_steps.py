@@ -12,7 +12,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 
 import numpy as np
 
@@ -90,30 +89,21 @@ def run(table: str, placement: str) -> dict[str, list[float]]:
   from engram_jax.config import load_config
   from engram_jax.core.mesh import make_mesh, to_global
   from engram_jax.model.counts import table_layout
-  from engram_jax.training.host.host_rows import HostRows
-  from engram_jax.training.state import init_state, make_recipe
+  from engram_jax.training.state import init_state, make_setup
   from engram_jax.training.step import make_train_step
 
   cfg = load_config(None, changes(table, "host" if placement == "host" else "device"))
   layout = table_layout(cfg.model)
   sizes, devices = (MESH, jax.devices()) if placement == "eight" else ({}, jax.devices()[:1])
   mesh = make_mesh(sizes, devices)
-  recipe = make_recipe(cfg, layout, mesh)
-  state = init_state(recipe, layout)
-  batches = (batch(i, layout) for i in range(STEPS))
+  setup = make_setup(cfg, layout, mesh)
   seen: dict[str, list[float]] = {"loss": [], "grad_norm": []}
-
-  def train(step, state, batches) -> None:
-    for each in batches:
+  with setup.tables as tables:
+    state, step = init_state(setup), make_train_step(setup)
+    for each in tables.prefetch(state.tables, (batch(i, layout) for i in range(STEPS))):
       state, metrics = step(state, to_global(each, mesh, B))
       for name in seen:
         seen[name].append(float(metrics[name]))
-
-  if placement == "host":
-    with HostRows(recipe, layout, pathlib.Path(tempfile.gettempdir())) as rows:
-      train(rows.step, state, rows.ahead(batches))
-  else:
-    train(make_train_step(recipe), state, batches)
   return seen
 
 

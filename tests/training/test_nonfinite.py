@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.training.step import clip_scale, global_norm, keep_if
+from engram_jax.training.step import clip_scale, global_norm, where_tree
 
 
 def test_the_norm_is_of_all_gradients_together():
@@ -29,5 +29,5 @@ def test_one_bad_number_is_found_and_keeps_the_old_state(bad):
   ok, not_ok = (jnp.isfinite(global_norm(tree)) for tree in (good, new))
   assert ok
   assert not not_ok
-  chex.assert_trees_all_equal(keep_if(not_ok, new, good), good)
-  chex.assert_trees_all_equal(keep_if(ok, new, good), new)
+  chex.assert_trees_all_equal(where_tree(not_ok, new, good), good)
+  chex.assert_trees_all_equal(where_tree(ok, new, good), new)

@@ -10,7 +10,6 @@ import shutil
 import jax
 import pytest
 
-from engram_jax.commands.open_model import Rows, open_model
 from engram_jax.core import manifest
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.mesh import make_mesh
@@ -18,12 +17,13 @@ from engram_jax.core.run_directory import CHECKPOINTS, open_run
 from engram_jax.data.pipeline import prepare
 from engram_jax.inference.completion import encode
 from engram_jax.inference.decoder import Decoder, continuations
+from engram_jax.inference.load import Rows, load_model
 from engram_jax.inference.sampling import Sampling
 from engram_jax.serve.engine import Engine
 from engram_jax.serve.request import Done, Job, Token
 from engram_jax.training.host import saved
 from engram_jax.training.host.host_rows import HostRows
-from engram_jax.training.state import make_recipe
+from engram_jax.training.state import make_setup
 
 ROOT = pathlib.Path(__file__).parents[2]
 OLD = pathlib.Path("tests/golden/old_runs")  # their configs name the text by this path
@@ -58,14 +58,14 @@ def test_a_state_comes_back_and_is_saved_again_bit_for_bit(old, tmp_path):
   name, run = old
   cfg = open_run(run)
   data = prepare(cfg, lambda _: None)
-  recipe = make_recipe(cfg, data.layout, make_mesh({}, jax.devices()[:1]))
-  on_host = HostRows(recipe, data.layout, tmp_path) if name == "host" else None
+  setup = make_setup(cfg, data.vocabulary.layout, make_mesh({}, jax.devices()[:1]))
+  on_host = HostRows(setup, data.vocabulary.layout, tmp_path) if name == "host" else None
   with (
     contextlib.nullcontext() if on_host is None else on_host,
     Checkpoints(run / CHECKPOINTS, keep=None) as before,
     Checkpoints(tmp_path / "again", keep=1) as after,
   ):
-    state = saved.restore(before, STEP, recipe, data.layout, on_host)
+    state = saved.restore(before, STEP, setup, data.vocabulary.layout, on_host)
     saved.save(after, STEP, state, before.meta(STEP), on_host)
     assert tree(before) == tree(after) == EXPECTED[name]["sha256"].keys()
     for path, sha256 in EXPECTED[name]["sha256"].items():
@@ -89,7 +89,7 @@ def test_a_run_evaluates_to_what_it_did(old, lab):
 
 def test_a_run_serves(old, quick):
   _, run = old
-  opened = open_model(run, None, lambda _: None)
+  opened = load_model(run, None, lambda _: None)
   with contextlib.ExitStack() as stack:
     source = opened.source(stack, Rows(placement="host"))
     decoder = Decoder(opened.weights, source, 32)

@@ -15,7 +15,7 @@ from engram_jax.memory.compress import TokenCompressor
 from engram_jax.memory.hashing import HashLayout
 from engram_jax.memory.table import lookup
 from engram_jax.training.sample import complete, generate, make_next_logits, row_ids
-from engram_jax.training.state import init_state, make_recipe
+from engram_jax.training.state import init_state, make_setup
 
 PROMPTS = ([5, 6, 7], [40, 41, 42, 43, 44, 45, 46, 47, 48], [299])
 
@@ -36,9 +36,9 @@ def speaker(lab):
     engram.pad_id,
     engram.seed,
   )
-  recipe = make_recipe(cfg)
-  state = init_state(recipe, layout)
-  next_logits = make_next_logits(recipe.graphdef, cfg.model)
+  setup = make_setup(cfg)
+  state = init_state(setup)
+  next_logits = make_next_logits(setup.graphdef, cfg.model)
 
   def speak(prompts, max_new=5, **options):
     return generate(
@@ -52,7 +52,7 @@ def speaker(lab):
     )
 
   return types.SimpleNamespace(
-    cfg=cfg, recipe=recipe, state=state, layout=layout, compressor=compressor, speak=speak
+    cfg=cfg, setup=setup, state=state, layout=layout, compressor=compressor, speak=speak
   )
 
 
@@ -66,7 +66,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(speaker):
   @jax.jit
   def choices(state, tokens_BT, ids):
     rows = lookup(state.tables[0], ids[0]).reshape(*tokens_BT.shape, -1)
-    model = speaker.recipe.model(state.params, state.biases)
+    model = speaker.setup.model(state.params, state.biases)
     hidden_BTD, _ = model(tokens_BT, (rows,))
     return model.logits(hidden_BTD).argmax(-1)
 
@@ -118,9 +118,9 @@ def test_sampling_follows_its_seed(speaker):
 
 
 def test_ids_that_a_smaller_tokenizer_has_not_are_never_chosen(speaker):
-  recipe, state = speaker.recipe, speaker.state
+  setup, state = speaker.setup, speaker.state
   new = generate(
-    make_next_logits(recipe.graphdef, speaker.cfg.model),
+    make_next_logits(setup.graphdef, speaker.cfg.model),
     state,
     [[3, 4]],
     layout=None,

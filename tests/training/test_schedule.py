@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engram_jax.config import ScheduleConfig
-from engram_jax.training.schedule import learning_rate
+from engram_jax.core.schedule import learning_rate
 
 
 def _at(cfg, steps, *points, peak=4e-4):

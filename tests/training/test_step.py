@@ -15,15 +15,15 @@ from engram_jax.training.step import make_train_step
 
 @pytest.fixture(scope="module")
 def world(lab):
-  """Recipe, prepared data, compiled step, and the state after two steps (moments are not zero)."""
+  """TrainSetup, prepared data, compiled step, and the state after two steps (moments are not zero)."""
   cfg = load_config(lab.config)
   data = prepare(cfg, lambda line: None)
-  recipe = lab.train.make_recipe(cfg)
-  step = lab.train.make_train_step(recipe)
-  state = init_state(recipe, data.layout)
+  setup = lab.train.make_setup(cfg)
+  step = lab.train.make_train_step(setup)
+  state = init_state(setup)
   for i in range(2):
     state, _ = step(state, batch_at(data, i))
-  return recipe, data, step, state
+  return setup, data, step, state
 
 
 def batch_at(data, step: int) -> dict:
@@ -35,13 +35,17 @@ def own(state):
   return jax.tree.map(jnp.copy, state)
 
 
-def assert_only_counters_moved(before, after, bad_in_row: int) -> None:
+def assert_only_counters_moved(before, after, nonfinite_streak: int) -> None:
   chex.assert_trees_all_equal(
-    after._replace(step=before.step, bad_in_row=before.bad_in_row, bad_total=before.bad_total),
+    after._replace(
+      step=before.step,
+      nonfinite_streak=before.nonfinite_streak,
+      nonfinite_total=before.nonfinite_total,
+    ),
     before,
   )
   assert int(after.step) == int(before.step) + 1
-  assert int(after.bad_in_row) == bad_in_row
+  assert int(after.nonfinite_streak) == nonfinite_streak
 
 
 def test_a_step_moves_every_matrix_and_only_the_touched_rows(world):
@@ -79,15 +83,15 @@ def test_a_value_that_is_not_finite_changes_only_the_counters(world, place, valu
     leaves[largest] = leaves[largest].at[:].set(value)
     poisoned = own(state)._replace(params=jax.tree.unflatten(tree, leaves))
   after, metrics = step(own(poisoned), batch)
-  assert_only_counters_moved(poisoned, after, bad_in_row=1)
+  assert_only_counters_moved(poisoned, after, nonfinite_streak=1)
   assert int(metrics["nonfinite_total"]) == 1
 
 
 def test_the_count_in_a_row_starts_again_after_a_good_step(world):
   _, data, step, state = world
-  state = own(state)._replace(bad_in_row=jnp.int32(7), bad_total=jnp.int32(9))
+  state = own(state)._replace(nonfinite_streak=jnp.int32(7), nonfinite_total=jnp.int32(9))
   after, _ = step(state, batch_at(data, 2))
-  assert (int(after.bad_in_row), int(after.bad_total)) == (0, 9)
+  assert (int(after.nonfinite_streak), int(after.nonfinite_total)) == (0, 9)
 
 
 def test_masked_targets_do_not_count(world):
@@ -109,9 +113,9 @@ def test_a_step_is_a_function_of_state_and_batch(world):
 
 
 def test_micro_batches_add_up_to_the_whole_batch(world):
-  recipe, data, step, state = world
-  train = recipe.config.train.model_copy(update={"accumulate": 2})
-  parts = make_train_step(recipe._replace(config=recipe.config.model_copy(update={"train": train})))
+  setup, data, step, state = world
+  train = setup.config.train.model_copy(update={"accumulate": 2})
+  parts = make_train_step(setup._replace(config=setup.config.model_copy(update={"train": train})))
   for i in range(2, 5):  # each from the same state: a gate's slope near zero sets runs apart
     batch = batch_at(data, i)
     batch = batch | {"mask": np.array(batch["mask"])}
@@ -126,19 +130,19 @@ def test_micro_batches_add_up_to_the_whole_batch(world):
 
 
 def test_memory_off_is_a_table_of_zeros(world):
-  recipe, data, _, state = world
+  setup, data, _, state = world
   batch = batch_at(data, 2)
-  on = make_eval_step(recipe)
-  off = make_eval_step(recipe, memory=False)(state.params, state.biases, state.tables, batch)
+  on = make_eval_step(setup)
+  off = make_eval_step(setup, memory=False)(state.params, state.biases, state.tables, batch)
   zeros = jax.tree.map(jnp.zeros_like, state.tables)
   np.testing.assert_array_equal(off, on(state.params, state.biases, zeros, batch))
   assert not np.array_equal(off, on(state.params, state.biases, state.tables, batch))
 
 
 def test_training_and_evaluation_agree_on_the_loss(world):
-  recipe, data, step, state = world
+  setup, data, step, state = world
   batch = batch_at(data, 2)
-  nll_BT = make_eval_step(recipe)(state.params, state.biases, state.tables, batch)
+  nll_BT = make_eval_step(setup)(state.params, state.biases, state.tables, batch)
   mean = float(nll_BT.sum()) / batch["mask"].sum()
   _, metrics = step(own(state), batch)
   assert float(metrics["loss"]) == pytest.approx(mean, rel=1e-5)

@@ -15,9 +15,8 @@ import pytest
 from engram_jax.config import load_config
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.data.pipeline import prepare
-from engram_jax.training import saved_rows
-from engram_jax.training.host import saved
-from engram_jax.training.state import TrainState, make_recipe
+from engram_jax.tables import saved_run
+from engram_jax.training.state import TrainState, make_setup, restore_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 PLACEMENT = "--model.engram.placement"
@@ -46,7 +45,7 @@ def on_device(run: pathlib.Path, step: int) -> TrainState:
   cfg = load_config(run / "config.yaml", {"model.engram.placement": "device"})
   data = prepare(cfg, lambda line: None)
   with Checkpoints(run / "checkpoints", keep=None) as checkpoints:
-    return saved.restore(checkpoints, step, make_recipe(cfg), data.layout, None)
+    return restore_state(checkpoints, step, make_setup(cfg, data.vocabulary.layout))
 
 
 def assert_same_bits(left, right) -> None:
@@ -116,13 +115,11 @@ def test_a_run_goes_on_under_any_placement(lab, runs, tmp_path, monkeypatch):
 
 
 def test_rows_can_be_read_from_any_checkpoint(runs, monkeypatch):
-  monkeypatch.setattr(saved_rows, "BLOCK_BYTES", 16 * 100)  # several blocks, and a rest
+  monkeypatch.setattr(saved_run, "BLOCK_BYTES", 16 * 100)  # several blocks, and a rest
   tables = {}
   for place, run in runs.items():
-    cfg = load_config(run / "config.yaml")
-    layout = prepare(cfg, lambda line: None).layout
-    with Checkpoints(run / "checkpoints", keep=None) as checkpoints:
-      blocks = list(saved_rows.saved_rows(checkpoints, STEPS, cfg, layout, 1))
+    with saved_run.load_run(run, STEPS, print) as saved:
+      blocks = list(saved.rows(1))
     assert len(blocks) > 2
     tables[place] = np.concatenate(blocks)
   assert tables["device"].shape == (420, 4)

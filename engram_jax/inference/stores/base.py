@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from engram_jax.errors import ConfigError, StorageError
-from engram_jax.memory.dialects import HashLayout
+from engram_jax.memory.hash_layout import HashLayout
 from engram_jax.memory.table import check_row_ids
 
 DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))

@@ -8,7 +8,7 @@ import numpy as np
 from engram_jax.errors import StorageError
 from engram_jax.inference.stores.base import RowStore, seconds_left
 from engram_jax.memory.codecs import decode, encode, pack, row_bytes, unpack
-from engram_jax.memory.dialects import HashLayout
+from engram_jax.memory.hash_layout import HashLayout
 
 BLOCK_ROWS = 4096  # encoded or decoded at once: temporaries stay in the processor's cache
 

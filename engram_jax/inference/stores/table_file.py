@@ -23,7 +23,7 @@ import pydantic
 
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.memory.codecs import KINDS, row_bytes
-from engram_jax.memory.dialects import HashLayout
+from engram_jax.memory.hash_layout import HashLayout
 
 MAGIC, VERSION = b"ENGRAMTB", 1
 PREFIX = struct.Struct("<8sII32s")

@@ -15,7 +15,7 @@ from engram_jax.core.manifest import sync_directory
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.inference.stores.table_file import Checksums, Table, TableHeader, gaps
 from engram_jax.memory.codecs import encode, pack
-from engram_jax.memory.dialects import HashLayout
+from engram_jax.memory.hash_layout import HashLayout
 
 
 def write_table_file(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from engram_jax.errors import StorageError
-from engram_jax.training.host.records import WRITTEN, Records
+from engram_jax.tables.row_schema import WRITTEN, RowSchema
 
 AT_ONCE = 1 << 14  # records read at once, at most, when a whole table is passed over
 _FROM_FILE = 1024  # the same of a file: what follows a hole may be another
@@ -23,11 +23,11 @@ _TOGETHER = 1024  # records a thread reads, at least
 class HostTable:
   """Records [R_padded] by row id: `take`, `put`, and `written` for all that differ from zeros."""
 
-  def __init__(self, records: Records):
-    """In memory. Pages that nothing was written to take no room."""
-    self.records = records
-    self._array = np.zeros(records.padded, records.dtype)
-    self._written = np.zeros(records.padded, bool)  # so that empty pages need not be looked at
+  def __init__(self, schema: RowSchema):
+    """Makes an empty table in memory. Pages that nothing was written to take no room."""
+    self.schema = schema
+    self._array = np.zeros(schema.padded, schema.dtype)
+    self._written = np.zeros(schema.padded, bool)  # so that empty pages need not be looked at
 
   def take(self, ids_U: np.ndarray) -> np.ndarray:
     """Records [U], a copy; ids in [0, R_padded)."""
@@ -40,27 +40,27 @@ class HostTable:
 
   def written(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(ids, records) of all written rows in rising order, copies, up to AT_ONCE."""
-    for first in range(0, self.records.padded, AT_ONCE):
+    for first in range(0, self.schema.padded, AT_ONCE):
       at = np.flatnonzero(self._written[first : first + AT_ONCE])
       if at.size:
         ids = (first + at).astype(np.int32)
         yield ids, self._array[ids]
 
   def close(self) -> None:
-    """Nothing to do: memory goes with the object."""
+    """Does nothing: memory goes with the object."""
 
 
 class FileTable:
-  """The same in a sparse file, mapped a few pages at a time.
+  """The records of `HostTable` in a sparse file, mapped a few pages at a time.
 
   The file is scratch for one run of the program: it starts empty and has no name, so the system
   takes it back however the process ends. Checkpoints hold copies.
   """
 
-  def __init__(self, folder: pathlib.Path, records: Records):
+  def __init__(self, folder: pathlib.Path, schema: RowSchema):
     """Makes the file on the disk of `folder`; StorageError where it cannot be made."""
-    self.records, self._folder = records, folder
-    self._size = max(1, records.padded) * records.dtype.itemsize
+    self.schema, self._folder = schema, folder
+    self._size = max(1, schema.padded) * schema.dtype.itemsize
     try:
       self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by close())
       self._file.truncate(self._size)
@@ -70,13 +70,13 @@ class FileTable:
       raise StorageError(
         f"{folder}: no file of {self._size:,} bytes can be made there: {error}"
       ) from error
-    self._array = np.frombuffer(self._map, records.dtype, records.padded)
+    self._array = np.frombuffer(self._map, schema.dtype, schema.padded)
     self._pool = concurrent.futures.ThreadPoolExecutor(_READERS, "read-rows")
     self._mapped = 0
 
   def take(self, ids_U: np.ndarray) -> np.ndarray:
     """Records [U], a copy; ids in [0, R_padded)."""
-    out_U = np.empty(len(ids_U), self.records.dtype)
+    out_U = np.empty(len(ids_U), self.schema.dtype)
     parts = max(1, min(_READERS, len(ids_U) // _TOGETHER))
 
     def read(part: int) -> None:
@@ -84,36 +84,36 @@ class FileTable:
       np.take(self._array, ids_U[some], out=out_U[some], mode="clip")  # "raise" would copy twice
 
     list(self._pool.map(read, range(parts)))
-    self._let_go(len(ids_U))
+    self._unmap_pages(len(ids_U))
     return out_U
 
   def put(self, ids_U: np.ndarray, records_U: np.ndarray) -> None:
     """Replaces the records of distinct ids; StorageError where the disk has no room for them."""
     # A full disk does not fail a write to mapped memory: it kills the process.
-    needed = len(ids_U) * 2 * max(mmap.PAGESIZE, self.records.dtype.itemsize)
+    needed = len(ids_U) * 2 * max(mmap.PAGESIZE, self.schema.dtype.itemsize)
     disk = os.fstatvfs(self._file.fileno())
     if disk.f_bavail * disk.f_frsize < needed:
       raise StorageError(f"{self._folder}: the disk has no room for {needed:,} more bytes")
     self._array[ids_U] = records_U
-    self._let_go(len(ids_U))
+    self._unmap_pages(len(ids_U))
 
   def written(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(ids, records) of all written rows in rising order, a few at a time, holes passed over.
 
     Raises StorageError for what cannot be read.
     """
-    size, first = self.records.dtype.itemsize, 0
+    size, first = self.schema.dtype.itemsize, 0
     while (first := self._next_data(first)) is not None:
-      count = min(_FROM_FILE, self.records.padded - first)
+      count = min(_FROM_FILE, self.schema.padded - first)
       content = os.pread(self._file.fileno(), count * size, first * size)
-      block = np.frombuffer(content, self.records.dtype)
+      block = np.frombuffer(content, self.schema.dtype)
       at = np.flatnonzero(block[WRITTEN])
       if at.size:
         yield (first + at).astype(np.int32), block[at]
       first += count
 
   def stat(self) -> os.stat_result:
-    """Of the file: its size, and the blocks it takes on the disk."""
+    """The file's size, and the blocks it takes on the disk."""
     return os.fstat(self._file.fileno())
 
   def close(self) -> None:
@@ -125,9 +125,9 @@ class FileTable:
 
   def _next_data(self, first: int) -> int | None:
     """The first record at or after `first` that is not in a hole; None past the last."""
-    if first >= self.records.padded:
+    if first >= self.schema.padded:
       return None
-    size = self.records.dtype.itemsize
+    size = self.schema.dtype.itemsize
     try:
       data = os.lseek(self._file.fileno(), first * size, os.SEEK_DATA)
     except OSError as error:
@@ -136,9 +136,12 @@ class FileTable:
       raise StorageError(f"{self._folder}: rows cannot be read: {error}") from error
     return max(first, data // size)
 
-  def _let_go(self, records: int) -> None:
+  def _unmap_pages(self, records: int) -> None:
     """Unmaps pages, which stay in the system's cache, once many were touched."""
-    self._mapped += records * max(mmap.PAGESIZE, self.records.dtype.itemsize)
+    self._mapped += records * max(mmap.PAGESIZE, self.schema.dtype.itemsize)
     if self._mapped > _MAPPED:
       self._map.madvise(mmap.MADV_DONTNEED)
       self._mapped = 0
+
+
+Table = HostTable | FileTable

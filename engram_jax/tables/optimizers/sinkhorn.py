@@ -1,12 +1,21 @@
-"""Momentum and Sinkhorn balancing, as DeepSeek-V4.1 trains its tables: one state a number."""
+"""Momentum and Sinkhorn balancing, as DeepSeek-V4.1 trains its tables: one moment, not two."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from engram_jax.training.rows.form import LearningRate, TouchedRows, rate_at
-from engram_jax.training.rows.write import MOMENTUM, STEP, put_rounded, take, writable
+from engram_jax.config import OptimizerConfig
+from engram_jax.tables.table_optimizer import (
+  MOMENTUM,
+  STEP,
+  LearningRate,
+  TableOptimizer,
+  put_rounded,
+  rate_at,
+  take,
+  writable,
+)
 
 NORMALISATIONS = 11  # rows, columns, rows, ..., rows
 ACTIVE = 1e-3  # of the RMS over all touched rows
@@ -14,13 +23,18 @@ ADAM_RMS = 0.18  # of an Adam update, in learning rates
 
 
 class RowSinkhornState(NamedTuple):
-  """count: i32, steps taken. mu_RC: momentum, in the table's dtype."""
+  """State of `sinkhorn`: count, int32 steps taken; mu_RC, momentum in the table's dtype."""
 
   count: jax.Array
   mu_RC: jax.Array
 
 
-def row_sinkhorn(learning_rate: LearningRate, momentum: float = 0.95) -> TouchedRows:
+def from_config(cfg: OptimizerConfig, learning_rate: LearningRate) -> TableOptimizer:
+  """The optimizer of a config, at this learning rate."""
+  return sinkhorn(learning_rate, cfg.momentum)
+
+
+def sinkhorn(learning_rate: LearningRate, momentum: float = 0.95) -> TableOptimizer:
   """Nesterov momentum, balanced so that all rows, and all columns, move equally far.
 
       mu = momentum * mu + g;   x = momentum * mu + g
@@ -55,13 +69,14 @@ def row_sinkhorn(learning_rate: LearningRate, momentum: float = 0.95) -> Touched
     *,
     first_row: jax.typing.ArrayLike = 0,
     axes: tuple[str, ...] = (),
+    rate_scale: jax.typing.ArrayLike | None = None,
   ) -> tuple[jax.Array, RowSinkhornState]:
     ids_U = writable(ids_U, table_RC.shape[0], ok)
     grads_UC = grads_UC.astype(jnp.float32)
     mu_UC = momentum * take(state.mu_RC, ids_U).astype(jnp.float32) + grads_UC
     touched_U = ids_U < table_RC.shape[0]
     step_UC = _balanced(momentum * mu_UC + grads_UC, touched_U, axes)
-    rate = ADAM_RMS * rate_at(learning_rate, state.count)
+    rate = ADAM_RMS * rate_at(learning_rate, state.count, rate_scale)
     rows_UC = take(table_RC, ids_U).astype(jnp.float32) - rate * step_UC
 
     where = {"step": state.count, "first_row": first_row}
@@ -71,7 +86,7 @@ def row_sinkhorn(learning_rate: LearningRate, momentum: float = 0.95) -> Touched
       mu_RC=put_rounded(state.mu_RC, ids_U, mu_UC, stream=MOMENTUM, **where),
     )
 
-  return TouchedRows(init, update)
+  return TableOptimizer(init, update, is_joint=True)
 
 
 def _balanced(x_UC: jax.Array, touched_U: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -103,7 +118,7 @@ def _total(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def _count(rows_U: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-  """How many, or 1 where there are none, so that it divides."""
+  """The number of rows, or 1 where there are none, so that it divides."""
   return jnp.maximum(_total(rows_U.sum(), axes), 1).astype(jnp.float32)
 
 

@@ -1,33 +1,48 @@
-"""The hash rules of the paper and of the released models: multipliers, primes and tables.
+"""Every constant of a model's hash: multipliers, primes, and where each head's table starts.
 
-A layout is one frozen, hashable value (usable as a static argument of jit) that holds every
-constant of every layer as Python integers. Three dialects:
-
-- `engram`: the paper and its demo. Canonical ids; PCG64 multipliers seeded per layer.
-- `deepseek_v41`: DeepSeek-V4.1-Flash. The same constants; look-back ends at masked (image) tokens.
-- `qwen_ple`: Qwen3.8-Flash-Next. Raw ids; SplitMix64 multipliers, one set for all layers; the
-  history is the end-of-text id (`pad_id` carries it) and an end-of-text token ends look-back.
-
-In all of them the primes of a model are distinct: for each layer, then order, then head, the next
-prime from that order's `rows_per_head` on that no head has taken.
+A layout is one frozen, hashable value (usable as a static argument of jit) that holds the constants
+of every layer as Python integers. Released models differ in a few rules, which are a `Dialect`;
+memory/dialects has a file for each. In all of them the primes of a model are distinct: for each
+layer, then order, then head, the next prime from that order's `rows_per_head` on that no head has
+taken.
 """
 
 import dataclasses
 import functools
 import hashlib
+import importlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-DIALECTS = ("engram", "deepseek_v41", "qwen_ple")
+from engram_jax.config import DIALECTS, EngramConfig
+from engram_jax.errors import ConfigError
+from engram_jax.memory.compress import TokenCompressor
+
 MAX_ROWS = 2**31 - 1  # row ids are int32, offsets included
-LAYER_STRIDE = 10007  # between the seeds of two layers (paper's demo)
-QWEN_SEED = 1234  # of the released model; its config does not say it
-GOLDEN_GAMMA = 0x9E3779B97F4A7C15
-MASK_64 = 2**64 - 1
+
+
+class Dialect(NamedTuple):
+  """What released hashes differ in.
+
+  multipliers: `(layout, layer) -> N odd integers`, each of whose products with a canonical id is
+  below 2^63 (see `largest_half`). hashes_raw_ids: the tokenizer's own ids are hashed, not canonical
+  ones. pad_ends_look_back: a token whose id is the layout's `pad_id` ends look-back.
+  """
+
+  multipliers: "Callable[[HashLayout, int], tuple[int, ...]]"
+  hashes_raw_ids: bool = False
+  pad_ends_look_back: bool = False
+
+
+def find_dialect(name: str) -> Dialect:
+  """The dialect of that name: `DIALECT` in the file memory/dialects/NAME.py."""
+  if name not in DIALECTS:
+    raise ValueError(f"dialect={name!r} is none of {', '.join(DIALECTS)}")
+  return importlib.import_module(f"engram_jax.memory.dialects.{name}").DIALECT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +80,9 @@ class HashLayout:
     Args:
       layers: 0-based ids of the layers with a memory, in the order in which they take primes.
       rows_per_head: where the prime search starts: one number, or one per order 2..max_ngram.
-      compressed_vocab: V'; ids are in [0, V'). `qwen_ple` hashes raw ids: its V' is V.
+      compressed_vocab: V'; ids are in [0, V'). A dialect that hashes raw ids has V' = V.
       pad_id: canonical id that stands before the start of a text.
-      seed: of the multipliers. 0 is each dialect's released seed (1234 in `qwen_ple`).
+      seed: of the multipliers. 0 is each dialect's released seed.
 
     Raises ValueError naming the field; a table of 2^31 rows or more has no int32 row ids.
     """
@@ -84,13 +99,42 @@ class HashLayout:
       seed=int(seed),
     )
 
+  @classmethod
+  def of(
+    cls, cfg: EngramConfig, compressor: TokenCompressor, where: str = "model.engram"
+  ) -> Self | None:
+    """The layout of a config with a token map; None without a memory.
+
+    where: what holds the config, for messages.
+
+    Raises ConfigError naming the field that cannot be.
+    """
+    if not cfg.layers:
+      return None
+    ids = len(compressor.table)
+    if cfg.pad_id >= ids:
+      raise ConfigError(f"{where}.pad_id={cfg.pad_id} is outside the tokenizer's {ids:,} ids")
+    try:
+      return cls.build(
+        cfg.dialect,
+        cfg.layers,
+        cfg.rows_per_head,
+        cfg.max_ngram,
+        cfg.heads,
+        compressor.size,
+        int(compressor.table[cfg.pad_id]),
+        cfg.seed,
+      )
+    except ValueError as error:  # primes may add up to more rows than the config's check allows
+      raise ConfigError(f"{where}: {error}") from None
+
   def __post_init__(self) -> None:
     def require(ok: bool, message: str) -> None:
       if not ok:
         raise ValueError(message)
 
     orders = self.max_ngram - 1
-    require(self.dialect in DIALECTS, f"dialect={self.dialect!r} is none of {', '.join(DIALECTS)}")
+    find_dialect(self.dialect)
     require(orders >= 1, f"max_ngram={self.max_ngram} must be at least 2")
     require(self.heads >= 1, f"heads={self.heads} must be at least 1")
     require(self.seed >= 0, f"seed={self.seed} must not be negative")
@@ -117,12 +161,12 @@ class HashLayout:
 
   @property
   def columns(self) -> int:
-    """J = (N-1) K: rows looked up per token."""
+    """J = (N-1) K: rows that one token looks up."""
     return (self.max_ngram - 1) * self.heads
 
   @functools.cached_property
   def multipliers(self) -> dict[int, tuple[int, ...]]:
-    draw = _splitmix_multipliers if self.dialect == "qwen_ple" else _pcg_multipliers
+    draw = find_dialect(self.dialect).multipliers
     drawn = {layer: draw(self, layer) for layer in self.layers}
     for layer, factors in drawn.items():
       largest = max(factors) * (self.compressed_vocab - 1)
@@ -189,30 +233,9 @@ class HashLayout:
     return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
 
 
-def _half(layout: HashLayout) -> int:
+def largest_half(layout: HashLayout) -> int:
   """Half the largest factor whose product with any id stays below 2^63."""
   return max(1, ((2**63 - 1) // layout.compressed_vocab) // 2)
-
-
-def _pcg_multipliers(layout: HashLayout, layer: int) -> tuple[int, ...]:
-  generator = np.random.default_rng(layout.seed + LAYER_STRIDE * layer)
-  drawn = generator.integers(0, _half(layout), size=layout.max_ngram, dtype=np.int64)
-  return tuple(2 * int(number) + 1 for number in drawn)
-
-
-def _splitmix_multipliers(layout: HashLayout, layer: int) -> tuple[int, ...]:
-  del layer  # the released model has one memory, and its rule no layer in it
-  seed = layout.seed or QWEN_SEED
-  states = ((seed + GOLDEN_GAMMA * (i + 1)) & MASK_64 for i in range(layout.max_ngram))
-  return tuple(2 * (_splitmix64(state) % _half(layout)) + 1 for state in states)
-
-
-def _splitmix64(state: int) -> int:
-  """One output of SplitMix64 (Steele, Lea and Flood 2014)."""
-  z = (state + GOLDEN_GAMMA) & MASK_64
-  z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
-  z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK_64
-  return z ^ (z >> 31)
 
 
 # With these bases Miller-Rabin is a proof below 3,215,031,751 (Jaeschke 1993); we stay below 2^31.
@@ -220,7 +243,7 @@ BASES = (2, 3, 5, 7)
 
 
 def is_prime(n: int) -> bool:
-  """Whether n is prime, for 0 <= n < 2^31."""
+  """Says whether n is prime, for 0 <= n < 2^31."""
   if n < 2:
     return False
   for base in BASES:
@@ -231,7 +254,7 @@ def is_prime(n: int) -> bool:
 
 
 def _passes(n: int, base: int, shift: int) -> bool:
-  """One Miller-Rabin round: n - 1 = odd * 2^shift."""
+  """One round of Miller-Rabin, where n - 1 = odd * 2^shift."""
   x = pow(base, (n - 1) >> shift, n)
   if x in (1, n - 1):
     return True

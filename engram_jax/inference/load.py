@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -15,11 +14,9 @@ import tokenizers
 from flax import nnx
 
 from engram_jax.config import Config
-from engram_jax.core import manifest
-from engram_jax.core.checkpoint import Checkpoints
-from engram_jax.core.run_directory import CHECKPOINTS, TOKENIZER, open_run
+from engram_jax.core.run_directory import TOKENIZER
 from engram_jax.data.pipeline import Prepared, prepare
-from engram_jax.data.tokenizer import end_of_text_id, read_tokenizer
+from engram_jax.data.tokenizer import end_of_text_id
 from engram_jax.errors import ConfigError
 from engram_jax.inference.decoder import RowSource, Weights
 from engram_jax.inference.row_sources import DeviceRows, StoreRows
@@ -28,23 +25,20 @@ from engram_jax.inference.stores.cache import HostCache
 from engram_jax.inference.stores.device_cache import DeviceCache, IdCounts, count_ids, hot_ids
 from engram_jax.inference.stores.file import FileRows
 from engram_jax.inference.stores.host import HostRows
-from engram_jax.memory.compress import TokenCompressor, tokenizer_digest
-from engram_jax.memory.fingerprint import check_identity
-from engram_jax.memory.hashing import HashLayout
 from engram_jax.memory.table import padded_rows
 from engram_jax.model.lm import LM
 from engram_jax.model.router import RouterBias
-from engram_jax.training.saved_rows import saved_rows
+from engram_jax.tables.saved_run import SavedRun, load_run
 
 Placement = Literal["device", "host", "file"]
-COUNTED_AT_ONCE = 64  # windows
+COUNTED_AT_ONCE = 64  # packed examples
 LONGEST_CONTEXT = 1 << 20  # tokens of a request
 LONGEST_WAIT = 24 * 60 * 60
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
-  """One step of a run. digest: of its checkpoint."""
+class LoadedModel:
+  """One step of a run, ready for inference. digest: of its checkpoint."""
 
   config: Config
   step: int
@@ -103,18 +97,17 @@ class Opened:
 
   @contextlib.contextmanager
   def _blocks(self) -> Iterator[Callable[[int], Iterator[np.ndarray]]]:
-    """Of a layer's id, its rows in order."""
-    with Checkpoints(self.run / CHECKPOINTS, keep=None) as checkpoints:
-      layout = self.weights.layout
-      yield lambda layer: saved_rows(checkpoints, self.step, self.config, layout, layer)
+    """Gives a function from a layer's id to its rows in order."""
+    with load_run(self.run, self.step, lambda _: None) as saved:
+      yield saved.rows
 
   def data(self) -> Prepared:
     """Its training and validation text, as train.py prepared it; from the cache where it can."""
     data = self.config.data.model_copy(update={"tokenizer": str(self.run / TOKENIZER)})
     return prepare(self.config.model_copy(update={"data": data}), lambda _: None)
 
-  def source(self, stack: contextlib.ExitStack, where: "Rows") -> RowSource | None:
-    """Rows of this step from where they are wanted; None without a memory.
+  def source(self, stack: contextlib.ExitStack, where: "PlacementArgs") -> RowSource | None:
+    """PlacementArgs of this step from where they are wanted; None without a memory.
 
     stack: what is opened is closed with it.
     """
@@ -141,16 +134,16 @@ class Opened:
 
   def counts(self) -> list[IdCounts]:
     """How often each row occurs in the training text."""
-    windows = self.data().training_pipeline(1).windows
-    starts = range(0, len(windows), COUNTED_AT_ONCE)
-    batches = (np.arange(s, min(s + COUNTED_AT_ONCE, len(windows))) for s in starts)
+    examples = self.data().training_pipeline(1).examples
+    starts = range(0, len(examples), COUNTED_AT_ONCE)
+    batches = (np.arange(s, min(s + COUNTED_AT_ONCE, len(examples))) for s in starts)
     return count_ids(
-      (windows(batch)["row_ids"] for batch in batches), len(self.weights.layout.layers)
+      (examples(batch)["row_ids"] for batch in batches), len(self.weights.layout.layers)
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class PlacementArgs:
   """Where a model's tables are while it generates."""
 
   placement: Placement = "device"
@@ -158,7 +151,7 @@ class Rows:
   table: pathlib.Path | None = None
   """A file that `convert table` wrote of this step; with file, or with host to load it."""
   device_cache_rows: int = 0
-  """Rows most frequent in the training text that stay on the device; with host or file."""
+  """PlacementArgs most frequent in the training text that stay on the device; with host or file."""
   host_cache_mib: int = 0
   """Memory for rows of the file that were asked for often; with file."""
   deadline: float | None = None
@@ -196,7 +189,7 @@ class Rows:
         f"--deadline {self.deadline} must be above 0 and at most {LONGEST_WAIT} seconds",
       ),
       (
-        memory or dataclasses.replace(self, deadline=None) == Rows(),
+        memory or dataclasses.replace(self, deadline=None) == PlacementArgs(),
         "this run was trained without a memory: it has no tables to place",
       ),
     ):
@@ -204,68 +197,43 @@ class Rows:
         raise ConfigError(message)
 
 
-def open_model(run: pathlib.Path, step: int | None, say: Callable[[str], None]) -> Opened:
+def load_model(run: pathlib.Path, step: int | None, log: Callable[[str], None]) -> LoadedModel:
   """The parameters of a run's step (the newest sound one if None); neither its corpus nor its
-  optimizer is read.
-
-  Raises ConfigError for a folder that is no run, a step that is not saved, or a tokenizer that is
-  not the one it was trained with; StorageError for damaged files.
-  """
-  cfg = open_run(run)
-  with Checkpoints(run / CHECKPOINTS, keep=None) as checkpoints:
-    step = chosen_step(checkpoints, run, step, say)
-    meta = checkpoints.meta(step)
-    tokenizer = read_tokenizer(run / TOKENIZER)
-    check_identity(meta, {"tokenizer_digest": tokenizer_digest(tokenizer)}, str(run))
-    compressor = _token_map(cfg, tokenizer)
-    layout = meta["hash_layout"] and HashLayout.from_description(meta["hash_layout"])
-    if layout:
-      check_identity(meta, {"token_map_digest": compressor.digest}, str(run))
+  optimizer is read. Raises as `load_run` does."""
+  with load_run(run, step, log) as saved:
+    cfg, vocabulary = saved.config, saved.vocabulary
     model = nnx.eval_shape(lambda: LM(cfg.model, rngs=nnx.Rngs(0)))
     graphdef, params, biases = nnx.split(model, nnx.Param, RouterBias)
     like = {"params": nnx.to_pure_dict(params), "biases": nnx.to_pure_dict(biases)}
-    state = checkpoints.restore(step, like, partial=True)
-    digest = _digest(step, checkpoints)
-  weights = Weights(cfg.model, graphdef, state["params"], state["biases"], layout, compressor)
-  return Opened(cfg, step, weights, tokenizer, end_of_text_id(tokenizer), run, digest)
+    state = saved.checkpoints.restore(saved.step, like, partial=True)
+    weights = Weights(
+      cfg.model,
+      graphdef,
+      state["params"],
+      state["biases"],
+      vocabulary.layout,
+      vocabulary.compressor,
+    )
+    end_id = end_of_text_id(saved.tokenizer)
+    return LoadedModel(cfg, saved.step, weights, saved.tokenizer, end_id, run, saved.digest)
 
 
-def table_source(run: pathlib.Path, step: int, checkpoints: Checkpoints) -> dict[str, Any]:
+def table_source(saved: SavedRun) -> dict[str, Any]:
   """What a table file says of where its rows come from."""
-  return {"run": run.resolve().name, "step": step, "digest": _digest(step, checkpoints)}
-
-
-def _digest(step: int, checkpoints: Checkpoints) -> str:
-  """A checkpoint's: its manifest's, which holds those of all its files."""
-  path = checkpoints.folder(step) / manifest.NAME
-  return json.loads(path.read_bytes())["digest"]
-
-
-def chosen_step(
-  checkpoints: Checkpoints, run: pathlib.Path, step: int | None, say: Callable[[str], None]
-) -> int:
-  """The step asked for, or the newest sound one."""
-  if step is None:
-    newest = checkpoints.newest_valid(say)
-    if newest is None:
-      raise ConfigError(f"--run {run} holds no sound checkpoint yet; train it first")
-    return newest
-  if step not in checkpoints.steps():
-    raise ConfigError(f"--step {step} is not saved in {run}: {checkpoints.steps()} are")
-  return step
+  return {"run": saved.path.resolve().name, "step": saved.step, "digest": saved.digest}
 
 
 def memory_bytes() -> int:
-  """Of this machine."""
+  """Bytes of this machine's memory."""
   return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_room(opened: Opened, batch: int, capacity: int, what: str) -> None:
+def check_room(model: LoadedModel, batch: int, capacity: int, what: str) -> None:
   """ConfigError if what requests of so many tokens keep cannot fit on the device.
 
   what: the options that ask for it.
   """
-  cfg, layout = opened.weights.cfg, opened.weights.layout
+  cfg, layout = model.weights.cfg, model.weights.layout
   state = jax.eval_shape(lambda: empty_state(cfg, layout, batch, capacity))
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
   room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or memory_bytes()
@@ -274,9 +242,3 @@ def check_room(opened: Opened, batch: int, capacity: int, what: str) -> None:
       f"{what}: {batch} requests of {capacity:,} tokens keep {size:,} bytes, but the device has "
       f"{room:,}"
     )
-
-
-def _token_map(cfg: Config, tokenizer: tokenizers.Tokenizer) -> TokenCompressor:
-  if cfg.model.engram.dialect == "qwen_ple":
-    return TokenCompressor.identity(cfg.model.vocab_size)
-  return TokenCompressor.from_tokenizer(tokenizer)

@@ -1,22 +1,37 @@
-"""Row-wise Adagrad: a step size for every row, for one number of state a row."""
+"""Row-wise Adagrad: a step size for every row, from one number of state a row."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from engram_jax.training.rows.form import LearningRate, TouchedRows, rate_at
-from engram_jax.training.rows.write import STEP, put, put_rounded, take, writable
+from engram_jax.config import OptimizerConfig
+from engram_jax.tables.table_optimizer import (
+  STEP,
+  LearningRate,
+  TableOptimizer,
+  put,
+  put_rounded,
+  rate_at,
+  take,
+  writable,
+)
 
 
 class RowAdagradState(NamedTuple):
-  """count: i32, steps taken. square_R: f32, the sum of each row's mean squared gradients."""
+  """State of `adagrad`: count, int32 steps taken; square_R, the float32 sum over steps of each
+  row's mean squared gradient."""
 
   count: jax.Array
   square_R: jax.Array
 
 
-def row_adagrad(learning_rate: LearningRate, eps: float = 1e-8) -> TouchedRows:
+def from_config(cfg: OptimizerConfig, learning_rate: LearningRate) -> TableOptimizer:
+  """The optimizer of a config, at this learning rate."""
+  return adagrad(learning_rate, cfg.eps)
+
+
+def adagrad(learning_rate: LearningRate, eps: float = 1e-8) -> TableOptimizer:
   """Adagrad with one accumulator a row: 4 bytes of state beside the row's C numbers.
 
       square += mean(g^2);   row -= learning_rate * g / (sqrt(square) + eps)
@@ -45,12 +60,13 @@ def row_adagrad(learning_rate: LearningRate, eps: float = 1e-8) -> TouchedRows:
     *,
     first_row: jax.typing.ArrayLike = 0,
     axes: tuple[str, ...] = (),
+    rate_scale: jax.typing.ArrayLike | None = None,
   ) -> tuple[jax.Array, RowAdagradState]:
     del axes
     ids_U = writable(ids_U, table_RC.shape[0], ok)
     grads_UC = grads_UC.astype(jnp.float32)
     square_U = take(state.square_R, ids_U) + (grads_UC**2).mean(axis=1)
-    rate_U1 = rate_at(learning_rate, state.count) / (jnp.sqrt(square_U) + eps)[:, None]
+    rate_U1 = rate_at(learning_rate, state.count, rate_scale) / (jnp.sqrt(square_U) + eps)[:, None]
     rows_UC = take(table_RC, ids_U).astype(jnp.float32) - rate_U1 * grads_UC
 
     where = {"step": state.count, "first_row": first_row, "stream": STEP}
@@ -59,4 +75,4 @@ def row_adagrad(learning_rate: LearningRate, eps: float = 1e-8) -> TouchedRows:
       square_R=put(state.square_R, ids_U, square_U),
     )
 
-  return TouchedRows(init, update)
+  return TableOptimizer(init, update)

@@ -14,12 +14,12 @@ from engram_jax.config import Config, load_config
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.memory.hashing import HashLayout
 from engram_jax.memory.table import init_table, padded_rows
-from engram_jax.training.host.host_rows import HostRows
-from engram_jax.training.host.records import WRITTEN, make_records
-from engram_jax.training.host.table import FileTable, HostTable
-from engram_jax.training.host.written import span
-from engram_jax.training.rows.adam import touched_row_adam
-from engram_jax.training.state import init_state, make_recipe, up_to_date
+from engram_jax.tables.base import Tables
+from engram_jax.tables.host_table import FileTable, HostTable
+from engram_jax.tables.optimizers.adam import adam
+from engram_jax.tables.row_schema import WRITTEN, RowSchema
+from engram_jax.tables.saved_run import span
+from engram_jax.training.state import flush, init_state, make_setup
 from engram_jax.training.step import make_train_step
 
 STEPS, B, T, J, LAYERS = 30, 4, 16, 4, (0, 1)
@@ -71,10 +71,10 @@ def batch_at(layout: HashLayout, step: int) -> dict[str, np.ndarray]:
   }
 
 
-def trained(step, state, batches, up_to_date):
+def trained(setup, state, batches):
   """(the last state, each step's metrics) of a run in which some steps are not finite."""
-  measured = []
-  for i, batch in enumerate(batches):
+  step, measured = make_train_step(setup), []
+  for i, batch in enumerate(setup.tables.prefetch(state.tables, batches)):
     good = jax.tree.map(jnp.copy, state.params)
     if i in POISONED:
       state = state._replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
@@ -83,7 +83,7 @@ def trained(step, state, batches, up_to_date):
     if i in POISONED:
       state = state._replace(params=good)
     if i == FLUSHED:
-      state = up_to_date(state)
+      state = flush(setup, state)
     measured.append(metrics)
   return state, measured
 
@@ -98,31 +98,37 @@ def test_a_run_on_the_host_is_the_run_on_the_device(lab, tmp_path, table, parts,
   cfg = config(lab, table, parts, dtype, "device")
   layout = layout_of(cfg)
   batches = [batch_at(layout, i) for i in range(STEPS)]
-  recipe = make_recipe(cfg, layout)
-  state = init_state(recipe, layout)
-  flush = lambda state: up_to_date(recipe, state)
-  expected, metrics = trained(make_train_step(recipe), state, batches, flush)
+  setup = make_setup(cfg, layout)
+  expected, metrics = trained(setup, init_state(setup), batches)
 
-  recipe = make_recipe(config(lab, table, parts, dtype, place), layout)
-  state = init_state(recipe, layout)
-  assert state.tables == state.row_optimizers == ()
-  with HostRows(recipe, layout, tmp_path) as rows:
-    found, measured = trained(rows.step, state, rows.ahead(batches), rows.up_to_date)
-    rows.settle()
+  setup = setup_in(tmp_path, config(lab, table, parts, dtype, place), layout)
+  with setup.tables:
+    state = init_state(setup)
+    host = state.tables.host
+    assert state.tables.tables == {}
+    found, measured = trained(setup, state, batches)
+    host.settle()
     assert_same_bits(measured, metrics)
-    bare = expected._replace(tables=(), row_optimizers=())
-    assert_same_bits(found, bare)
-    for i, on_host in enumerate(rows.tables):
-      per_row, scalars = on_host.records.apart(expected.row_optimizers[i])
-      assert_same_bits(rows.scalars[i], scalars)
-      records = on_host.take(np.arange(on_host.records.padded))
+    assert_same_bits(found._replace(tables=None), expected._replace(tables=None))
+    for i, n in enumerate(LAYERS):
+      offloaded = host.tables[n]
+      per_row, scalars = offloaded.schema.split_state(expected.tables.optimizer[n])
+      assert_same_bits(found.tables.optimizer[n], offloaded.schema.scalars_alone(scalars))
+      records = offloaded.take(np.arange(offloaded.schema.padded))
       written = records[WRITTEN] != 0
       touched = np.unique(np.stack([b["row_ids"][i] for b in batches]))
       assert written[touched].all()
       assert written.sum() == touched.size
-      all_leaves = (expected.tables[i], *per_row)
-      for found, leaf in zip(on_host.records.split(records[written]), all_leaves, strict=True):
-        assert_same_bits(found, np.asarray(leaf)[written])
+      all_leaves = (expected.tables.tables[n], *per_row)
+      unpacked = offloaded.schema.unpack(records[written])
+      for leaf, whole in zip(unpacked, all_leaves, strict=True):
+        assert_same_bits(leaf, np.asarray(whole)[written])
+
+
+def setup_in(folder, cfg: Config, layout: HashLayout):
+  """A setup whose files lie in this folder."""
+  run = cfg.run.model_copy(update={"root": str(folder.parent), "name": folder.name})
+  return make_setup(cfg.model_copy(update={"run": run}), layout)
 
 
 def test_reading_ahead_meets_rows_of_the_step_before(lab, tmp_path):
@@ -138,10 +144,10 @@ def test_reading_ahead_meets_rows_of_the_step_before(lab, tmp_path):
 def test_rows_that_no_step_has_touched_are_those_of_init_table(lab, tmp_path, dtype):
   cfg = config(lab, dtype=dtype)
   layout = layout_of(cfg)
-  with HostRows(make_recipe(cfg, layout), layout, tmp_path) as rows:
+  with Tables.of(cfg, layout) as tables:
     some = np.random.default_rng(0).integers(0, layout.rows[0], (2, 3, 50, 4))
-    slabs, places = rows.read(some)
-    key = jax.random.key(jnp.uint32(cfg.train.seed))
+    state = tables.init(key := jax.random.key(jnp.uint32(cfg.train.seed)))
+    found = tables.lookup(state, dict(zip(LAYERS, some, strict=True)))
     for i, layer in enumerate(LAYERS):
       drawn = init_table(
         jax.random.fold_in(key, 1 + layer),
@@ -150,7 +156,7 @@ def test_rows_that_no_step_has_touched_are_those_of_init_table(lab, tmp_path, dt
         std=cfg.model.init_std,
         dtype=jnp.dtype(dtype),
       )
-      assert_same_bits(np.asarray(slabs[i])[places[i]], np.asarray(drawn)[some[i]])
+      assert_same_bits(found[layer], np.asarray(drawn)[some[i]])
 
 
 # --- what goes wrong ----------------------------------------------------------------------------
@@ -158,23 +164,23 @@ def test_rows_that_no_step_has_touched_are_those_of_init_table(lab, tmp_path, dt
 
 @pytest.fixture
 def started(lab, tmp_path):
-  """`HostRows` of files, a state, and batches."""
+  """The step of tables in files, its state, and batches."""
   cfg = config(lab, place="file")
   layout = layout_of(cfg)
-  recipe = make_recipe(cfg, layout)
-  with HostRows(recipe, layout, tmp_path) as rows:
-    batches = rows.ahead(batch_at(layout, i) for i in range(STEPS))
-    yield rows, init_state(recipe, layout), batches
-    rows._writing = None  # what went wrong was raised and is known
+  setup = setup_in(tmp_path, cfg, layout)
+  with setup.tables as tables:
+    state = init_state(setup)
+    batches = tables.prefetch(state.tables, (batch_at(layout, i) for i in range(STEPS)))
+    yield make_train_step(setup), state, batches
 
 
-def steps_until(error: type[Exception], match: str, rows, state, batches) -> int:
+def steps_until(error: type[Exception], match: str, step, state, batches) -> int:
   """How many steps were taken before it was raised."""
   taken = []
 
   def run(state) -> None:
     for batch in batches:
-      state, metrics = rows.step(state, batch)
+      state, metrics = step(state, batch)
       taken.append(jax.block_until_ready(metrics))
 
   with pytest.raises(error, match=match):
@@ -183,18 +189,19 @@ def steps_until(error: type[Exception], match: str, rows, state, batches) -> int
 
 
 def test_a_write_that_fails_stops_the_run_within_two_steps(started, monkeypatch):
-  rows, state, batches = started
-  monkeypatch.setattr(rows.tables[1], "put", _fail)
-  assert steps_until(OSError, "no such luck", rows, state, batches) <= 2
+  step, state, batches = started
+  host = state.tables.host
+  monkeypatch.setattr(host.tables[1], "put", _fail)
+  assert steps_until(OSError, "no such luck", step, state, batches) <= 2
   with pytest.raises(OSError, match="no such luck"):
-    rows.settle()
+    host.settle()
 
 
 def test_a_read_that_fails_is_raised_where_its_rows_are_needed(started, monkeypatch):
-  rows, state, batches = started
-  state, _ = rows.step(state, next(batches))
-  monkeypatch.setattr(rows.tables[0], "take", _fail)
-  assert steps_until(OSError, "no such luck", rows, state, batches) <= 2
+  step, state, batches = started
+  state, _ = step(state, next(batches))
+  monkeypatch.setattr(state.tables.host.tables[0], "take", _fail)
+  assert steps_until(OSError, "no such luck", step, state, batches) <= 2
 
 
 def _fail(*_):
@@ -202,18 +209,18 @@ def _fail(*_):
 
 
 def test_a_full_disk_is_an_error_and_not_a_killed_process(started, monkeypatch):
-  rows, state, batches = started
+  step, state, batches = started
   full = type("Full", (), {"f_bavail": 1, "f_frsize": 4096})
   monkeypatch.setattr(os, "fstatvfs", lambda _: full)
-  assert steps_until(StorageError, "the disk has no room for", rows, state, batches) <= 2
+  assert steps_until(StorageError, "the disk has no room for", step, state, batches) <= 2
 
 
-def records(rows: int = 1000, width: int = 4):
-  return make_records(touched_row_adam(1e-3), rows, padded_rows(rows), width, np.dtype("float32"))
+def schema_of(rows: int = 1000, width: int = 4) -> RowSchema:
+  return RowSchema.of(adam(1e-3), rows, padded_rows(rows), width, np.dtype("float32"))
 
 
 def test_a_file_has_no_name_that_could_outlive_the_process(tmp_path):
-  table = FileTable(tmp_path, records())
+  table = FileTable(tmp_path, schema_of())
   assert list(tmp_path.iterdir()) == []
   assert table.stat().st_nlink == 0
   table.close()
@@ -222,7 +229,7 @@ def test_a_file_has_no_name_that_could_outlive_the_process(tmp_path):
 @pytest.mark.parametrize("kind", [errno.EIO, errno.EINVAL])
 def test_a_disk_that_fails_is_no_hole(tmp_path, monkeypatch, kind):
   """Taken for one, every row after it would be left out of the checkpoint."""
-  table = FileTable(tmp_path, records())
+  table = FileTable(tmp_path, schema_of())
 
   def fail(*_):
     raise OSError(kind, "no such luck")
@@ -236,32 +243,32 @@ def test_a_disk_that_fails_is_no_hole(tmp_path, monkeypatch, kind):
 
 @pytest.mark.parametrize("kind", [HostTable, FileTable])
 def test_written_rows_are_found_wherever_they_are(tmp_path, kind):
-  form = records(40_000)
-  table = kind(*(tmp_path,) * (kind is FileTable), form)
+  schema = schema_of(40_000)
+  table = kind(*(tmp_path,) * (kind is FileTable), schema)
   generator = np.random.default_rng(1)
-  ids = np.unique(np.r_[0, form.padded - 1, generator.integers(0, form.padded, 77), 5000:7100])
+  ids = np.unique(np.r_[0, schema.padded - 1, generator.integers(0, schema.padded, 77), 5000:7100])
   leaves = tuple(
-    generator.integers(0, 99, (ids.size, *shape)).astype(dtype) for _, shape, dtype in form.leaves
+    generator.integers(0, 99, (ids.size, *shape)).astype(dtype) for _, shape, dtype in schema.leaves
   )
-  table.put(ids, form.join(leaves))
+  table.put(ids, schema.pack(leaves))
   found, content = zip(*table.written(), strict=True)
   np.testing.assert_array_equal(np.concatenate(found), ids)
-  for part, leaf in zip(form.split(np.concatenate(content)), leaves, strict=True):
+  for part, leaf in zip(schema.unpack(np.concatenate(content)), leaves, strict=True):
     np.testing.assert_array_equal(part, leaf)
   table.close()
 
 
 def test_a_large_file_is_made_in_no_time_and_takes_no_room(tmp_path):
-  form = records(2**30, width=16)
+  schema = schema_of(2**30, width=16)
   begin = time.perf_counter()
-  table = FileTable(tmp_path, form)
-  ids = np.array([0, 12_345_678, form.padded - 1])
+  table = FileTable(tmp_path, schema)
+  ids = np.array([0, 12_345_678, schema.padded - 1])
   assert (table.take(ids)[WRITTEN] == 0).all()
-  table.put(ids, form.join(form.split(table.take(ids))))
+  table.put(ids, schema.pack(schema.unpack(table.take(ids))))
   assert [ids.tolist() for ids, _ in table.written()] == [[i] for i in ids]
   assert time.perf_counter() - begin < 5
   status = table.stat()
-  assert status.st_size == form.padded * form.dtype.itemsize > 200e9
+  assert status.st_size == schema.padded * schema.dtype.itemsize > 200e9
   assert 512 * status.st_blocks < 1e6
   table.close()
 

@@ -1,16 +1,29 @@
-"""Adam on touched rows: every row is a run of its own."""
+"""Adam on touched rows, each with its own count of steps (the paper's optimizer of tables)."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from engram_jax.training.rows.form import LearningRate, TouchedRows, rate_at
-from engram_jax.training.rows.write import STEP, put, put_rounded, take, writable
+from engram_jax.config import OptimizerConfig
+from engram_jax.tables.table_optimizer import (
+  STEP,
+  LearningRate,
+  TableOptimizer,
+  put,
+  put_rounded,
+  rate_at,
+  take,
+  writable,
+)
 
 
 class RowAdamState(NamedTuple):
-  """count: i32, steps taken. touched_R: i32, steps that touched each row. mu, nu: f32 moments."""
+  """State of `adam`.
+
+  count: int32 steps taken. touched_R: int32 steps that touched each row. mu_RC, nu_RC: float32
+  moments.
+  """
 
   count: jax.Array
   touched_R: jax.Array
@@ -18,17 +31,22 @@ class RowAdamState(NamedTuple):
   nu_RC: jax.Array
 
 
-def touched_row_adam(
+def from_config(cfg: OptimizerConfig, learning_rate: LearningRate) -> TableOptimizer:
+  """The optimizer of a config, at this learning rate."""
+  return adam(learning_rate, cfg.beta1, cfg.beta2, cfg.eps)
+
+
+def adam(
   learning_rate: LearningRate, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8
-) -> TouchedRows:
-  """Adam in which a row steps when it is touched and else stands still.
+) -> TableOptimizer:
+  """Adam in which a row is updated when it is touched and else stands still.
 
   No weight decay: the paper trains tables without. Moments are corrected by how often *this row*
   was touched, because that is how many gradients they hold: a row met at steps S moves exactly as
   `optax.adam` would on the gradients of S. With the global step count instead (torch's SparseAdam)
   the correction is over long before a rare row is met, and its first step is
   (1 - b1) / sqrt(1 - b2) of the learning rate: 0.45 for b2 = 0.95, 3.2 for 0.999. Neither is dense
-  Adam, where an untouched row keeps gliding on its momentum: `catch_up` is.
+  Adam, where an untouched row keeps moving on its momentum: `adam_catch_up` is.
 
   Args:
     learning_rate: a number, or a function of the 0-based count of steps.
@@ -52,6 +70,7 @@ def touched_row_adam(
     *,
     first_row: jax.typing.ArrayLike = 0,
     axes: tuple[str, ...] = (),
+    rate_scale: jax.typing.ArrayLike | None = None,
   ) -> tuple[jax.Array, RowAdamState]:
     del axes
     ids_U = writable(ids_U, table_RC.shape[0], ok)
@@ -63,7 +82,9 @@ def touched_row_adam(
     times_U1 = touched_U[:, None].astype(jnp.float32)
     mean_UC = mu_UC / (1 - b1**times_U1)
     square_UC = nu_UC / (1 - b2**times_U1)
-    step_UC = -rate_at(learning_rate, state.count) * mean_UC / (jnp.sqrt(square_UC) + eps)
+    step_UC = (
+      -rate_at(learning_rate, state.count, rate_scale) * mean_UC / (jnp.sqrt(square_UC) + eps)
+    )
     rows_UC = take(table_RC, ids_U).astype(jnp.float32) + step_UC
 
     where = {"step": state.count, "first_row": first_row, "stream": STEP}
@@ -74,4 +95,4 @@ def touched_row_adam(
       nu_RC=put(state.nu_RC, ids_U, nu_UC),
     )
 
-  return TouchedRows(init, update)
+  return TableOptimizer(init, update)

@@ -1,0 +1,120 @@
+"""What leads from text to row ids: a tokenizer, its token map, and the hash layout of a model."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from engram_jax.config import ModelConfig
+from engram_jax.errors import ConfigError
+from engram_jax.memory.compress import TokenCompressor, tokenizer_digest
+from engram_jax.memory.hash_layout import HashLayout, find_dialect
+from engram_jax.memory.hashing import row_ids
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vocabulary:
+  """Everything that row ids follow from, built in one place.
+
+  Attributes:
+    tokenizer: as it encodes training text. compressor: the token map P: V -> V', the identity in a
+      dialect that hashes raw ids. layout: hash layout of the layers with a memory; None without.
+  """
+
+  tokenizer: tokenizers.Tokenizer
+  compressor: TokenCompressor
+  layout: HashLayout | None
+
+  @classmethod
+  def build(
+    cls, cfg: ModelConfig, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path | None = None
+  ) -> "Vocabulary":
+    """The vocabulary of a model with a tokenizer.
+
+    cache: a folder where token maps are kept; none is if left out.
+
+    Raises ConfigError naming a field of `model.engram` that cannot be.
+    """
+    if find_dialect(cfg.engram.dialect).hashes_raw_ids:
+      compressor = TokenCompressor.identity(cfg.vocab_size)
+    else:
+      compressor = TokenCompressor.from_tokenizer(tokenizer, cache)
+    return cls(tokenizer, compressor, HashLayout.of(cfg.engram, compressor))
+
+  @functools.cached_property
+  def tokenizer_digest(self) -> str:
+    """SHA-256 (hex) of the tokenizer's JSON."""
+    return tokenizer_digest(self.tokenizer)
+
+  def row_ids(self, tokens_BT: np.ndarray, segments_BT: np.ndarray | None = None) -> np.ndarray:
+    """int32 [L, B, T, J] of raw token ids, offsets included: one [B, T, J] a layer, in order."""
+    return stacked_row_ids(self.layout, self.compressor, tokens_BT, segments_BT)
+
+  def fingerprint(self, corpus_digest: str) -> dict[str, Any]:
+    """What the numbers of a checkpoint mean, as JSON values for its meta.
+
+    Rows addressed with other constants are other rows, and nothing in an array's shape would tell,
+    so every checkpoint carries these and no run goes on without finding them equal.
+
+    corpus_digest: of the training text, in its order.
+    """
+    layout = self.layout
+    return {
+      "tokenizer_digest": self.tokenizer_digest,
+      "token_map_digest": self.compressor.digest,
+      "hash_layout_digest": layout.digest if layout else None,
+      "hash_layout": layout.describe() if layout else None,
+      "corpus_digest": corpus_digest,
+    }
+
+
+def read_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
+  """The tokenizer of a tokenizer.json; ConfigError where there is none."""
+  if not path.is_file():
+    raise ConfigError(
+      f"data.tokenizer={str(path)!r}: no such file; give 'bpe', 'deepseek', or a tokenizer.json"
+    )
+  try:
+    return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+  except Exception as error:  # tokenizers raises bare Exception for whatever it cannot parse
+    raise ConfigError(f"data.tokenizer={str(path)!r}: not a tokenizer.json: {error}") from None
+
+
+def stacked_row_ids(
+  layout: HashLayout | None,
+  compressor: TokenCompressor,
+  tokens_BT: np.ndarray,
+  segments_BT: np.ndarray | None = None,
+) -> np.ndarray:
+  """See `Vocabulary.row_ids`; for worker processes, which need no tokenizer."""
+  if layout is None:
+    return np.zeros((0, *tokens_BT.shape, 0), np.int32)
+  ids_BT = compressor(tokens_BT)
+  out_LBTJ = np.empty((len(layout.layers), *tokens_BT.shape, layout.columns), np.int32)
+  for out, layer in zip(out_LBTJ, layout.layers, strict=True):
+    out[...] = row_ids(layout, layer, ids_BT, segments_BT)
+  return out_LBTJ
+
+
+_NAMES = {
+  "tokenizer_digest": "tokenizer",
+  "token_map_digest": "token map",
+  "hash_layout_digest": "hash layout",
+  "corpus_digest": "training text",
+}
+
+
+def check_fingerprint(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
+  """ConfigError naming the first of the values in `now` that was another one in `saved`.
+
+  where: what was saved, for the message.
+  """
+  for key, name in _NAMES.items():
+    if key in now and saved.get(key) != now[key]:
+      raise ConfigError(
+        f"{where} was trained with another {name}: {key} {saved.get(key)} there, {now[key]} here; "
+        f"use the {name} of that run (its tokenizer.json and config.yaml), or start another run"
+      )

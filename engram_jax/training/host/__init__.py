@@ -1,1 +1,0 @@
-"""Training with the tables off the accelerator: rows and their optimizer's state on the host."""
