@@ -20,8 +20,8 @@ from engram_jax.core import distributed
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.mesh import batch_sharding, compute_dtype, make_mesh, process_rows, to_global
 from engram_jax.core.metrics import MetricsWriter
-from engram_jax.core.profiling import matmul_peak
-from engram_jax.core.run_directory import CHECKPOINTS, RunDirectory, check_config
+from engram_jax.core.profiling import TraceWindow, matmul_peak
+from engram_jax.core.run_directory import CHECKPOINTS, PROFILE, RunDirectory, check_config
 from engram_jax.core.signals import StopRequest
 from engram_jax.data.pipeline import Prepared, prepare
 from engram_jax.errors import EXIT_STOPPED, NonFiniteError
@@ -94,11 +94,15 @@ def main() -> int:
     batches = stack.enter_context(contextlib.closing(training.iterate(start, local_rows)))
     batches = tables.prefetch(state.tables, batches)
     bar = stack.enter_context(progress(start, train.steps))
+    trace = stack.enter_context(TraceWindow(train.profile_window, run.path / PROFILE))
     clock, previous, stop_agreed = Clock(), None, False
     for step in range(start + 1, train.steps + 1):
       batch = to_global(next(batches), mesh, train.batch_size)
       batch["stop"] = distributed.stop_flags(mesh, stop.requested)
-      state, metrics = train_step(state, batch)
+      with trace.step(step):
+        state, metrics = train_step(state, batch)
+      if trace.end(step, metrics):
+        log(f"trace of steps {train.profile} in {run.path / PROFILE}")
       if previous is not None:  # one step late, so that the device never waits for Python
         stop_if_not_finite(previous, train.nonfinite_limit)
         stop_agreed = int(previous["stop"]) > 0  # of any process: all stop after the same step
@@ -137,7 +141,7 @@ def main() -> int:
           )
         writer.text(step, "sample", train.sample_prompt + text)
         log(f"step {step}: {train.sample_prompt}|{text}")
-      stopping = stop_agreed if distributed.is_multiprocess() else stop.requested
+      stopping = stop_agreed if distributed.several() else stop.requested
       if last or stopping or step % train.checkpoint_every == 0:
         with clock.stopped():
           save_state(checkpoints, step, setup, state, fingerprint | {"next_batch": step})

@@ -27,10 +27,9 @@ import numpy as np
 from flax import nnx
 
 from engram_jax.core.run_directory import TOKENIZER
-from engram_jax.data.vocabulary.tokenizer import read_tokenizer
 from engram_jax.inference.load import LoadedModel, load_model
 from engram_jax.memory.table import lookup_reference
-from engram_jax.training.sample import row_ids
+from engram_jax.memory.vocabulary import read_tokenizer, stacked_row_ids
 
 LINES = "lines.jsonl"
 COMMON = """dataset_path: json
@@ -130,8 +129,8 @@ def make_logprobs(opened: LoadedModel, longest: int = 1024):
     assert len(ids) <= longest, f"a text of {len(ids)} tokens"
     tokens_BT = np.zeros((1, 1 << (len(ids) - 1).bit_length()), np.int32)
     tokens_BT[0, : len(ids)] = ids
-    each = zip(tables, row_ids(w.layout, w.compressor, tokens_BT), strict=True)
-    rows = tuple(lookup_reference(t, i).reshape(*tokens_BT.shape, -1) for t, i in each)
+    each = zip(tables, stacked_row_ids(w.layout, w.compressor, tokens_BT), strict=True)
+    rows = tuple(lookup_reference(t, i) for t, i in each)
     return np.asarray(run(tokens_BT, rows))[0][np.arange(len(ids) - 1), ids[1:]]
 
   return score

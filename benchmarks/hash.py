@@ -45,7 +45,7 @@ def measure(batch: int, length: int, repeats: int) -> dict[str, object]:
     "device": str(jax.devices()[0]),
     "batch": batch,
     "length": length,
-    "columns": layout.columns,
+    "columns": layout.hash_heads,
     "layers": len(layout.layers),
     "repeats": repeats,
     "jit_tokens_per_second": rate["jit"],

@@ -32,7 +32,7 @@ import yaml
 from engram_jax.config import Config, load_config
 from engram_jax.data.pipeline import prepare
 from engram_jax.model.counts import table_layout
-from engram_jax.training.host.host_rows import HostRows
+from engram_jax.tables.base import Tables
 from engram_jax.training.state import init_state, make_setup
 from engram_jax.training.step import make_train_step
 
@@ -64,6 +64,12 @@ def log(text: str) -> None:
   print(text, file=sys.stderr)
 
 
+def config(args: argparse.Namespace, folder: pathlib.Path, change: dict[str, Any]) -> Config:
+  """The config with these changes, of a run whose files lie in `folder`."""
+  where = {"run.root": str(folder.parent), "run.name": folder.name}
+  return load_config(args.config, args.set | change | where)
+
+
 # --- tables that fit --------------------------------------------------------------------------
 
 
@@ -76,9 +82,8 @@ def compared(
   batches = [pipeline.batch_at(i) for i in range((args.turns + SETTLING) * steps)]
   turns, ends = {}, {}
   for place in PLACEMENTS:
-    cfg = load_config(args.config, args.set | {"model.engram.placement": place})
-    start = on_device if place == "device" else on_host
-    turns[place], ends[place] = start(cfg, data.vocabulary.layout, batches, steps, folder, stack)
+    cfg = config(args, folder, {"model.engram.placement": place})
+    turns[place], ends[place] = started(cfg, data.vocabulary.layout, batches, steps, stack)
   taken: dict[str, list[float]] = {place: [] for place in PLACEMENTS}
   for turn in range(args.turns + SETTLING):
     for place in np.roll(PLACEMENTS, turn).tolist():  # each goes first as often
@@ -99,54 +104,28 @@ def compared(
   }
 
 
-def on_device(
-  cfg: Config, layout: Any, batches: list, steps: int, *_: Any
+def started(
+  cfg: Config, layout: Any, batches: list, steps: int, stack: contextlib.ExitStack
 ) -> tuple[Iterator[None], Callable[[], list[bytes]]]:
   """(a generator that takes `steps` steps at a time, what the last state is in bytes)."""
   setup = make_setup(cfg, layout)
+  tables = stack.enter_context(setup.tables)
   step, last = make_train_step(setup), {}
 
   def turns() -> Iterator[None]:
     state = init_state(setup)
-    for i, batch in enumerate(batches, 1):
+    for i, batch in enumerate(tables.prefetch(state.tables, batches), 1):
       state, _ = step(state, batch)
       last["state"] = state
       if i % steps == 0:
+        if state.tables.host is not None:
+          state.tables.host.settle()
         yield jax.block_until_ready(state)
 
   def end() -> list[bytes]:
-    rows = [np.asarray(t)[touched(batches, i)] for i, t in enumerate(last["state"].tables)]
-    return as_bytes(last["state"].params, rows)
-
-  return turns(), end
-
-
-def on_host(
-  cfg: Config,
-  layout: Any,
-  batches: list,
-  steps: int,
-  folder: pathlib.Path,
-  stack: contextlib.ExitStack,
-) -> tuple[Iterator[None], Callable[[], list[bytes]]]:
-  """`on_device` for a table in host memory or in a file."""
-  setup = make_setup(cfg, layout)
-  rows, last = stack.enter_context(HostRows(setup, layout, folder)), {}
-
-  def turns() -> Iterator[None]:
-    state = init_state(setup)
-    for i, batch in enumerate(rows.ahead(batches), 1):
-      state, _ = rows.step(state, batch)
-      last["state"] = state
-      if i % steps == 0:
-        rows.settle()
-        yield jax.block_until_ready(state)
-
-  def end() -> list[bytes]:
-    tables = enumerate(rows.tables)
-    return as_bytes(
-      last["state"].params, [t.records.row(t.take(touched(batches, i))) for i, t in tables]
-    )
+    state = last["state"]
+    ids = {layer: touched(batches, i) for i, layer in enumerate(tables.layers)}
+    return as_bytes(state.params, tables.lookup(state.tables, ids))
 
   return turns(), end
 
@@ -168,27 +147,29 @@ def large(
   """The config's model with its first table of about args.large rows, on random tokens and rows."""
   engram = load_config(args.config, args.set).model.engram
   share = int(args.large / (engram.heads * (engram.max_ngram - 1)))
-  change = args.set | {
+  change = {
     "model.engram.placement": "file",
     "model.engram.rows_per_head": share,
     "model.engram.layers": list(engram.layers[:1]),
   }
-  cfg = load_config(args.config, change)
+  cfg = config(args, folder, change)
   layout, steps = table_layout(cfg.model), args.steps or 30
   setup = make_setup(cfg, layout)
+  tables, step = stack.enter_context(setup.tables), make_train_step(setup)
   begin = time.perf_counter()
-  rows = stack.enter_context(HostRows(setup, layout, folder))
+  first = tables.init(Tables.key(cfg))
   made = time.perf_counter() - begin
-  state, memory, times = init_state(setup), [], []
-  for i, batch in enumerate(rows.ahead(random_batch(cfg, layout, i) for i in range(steps))):
+  state, memory, times = init_state(setup)._replace(tables=first), [], []
+  batches = (random_batch(cfg, layout, i) for i in range(steps))
+  for i, batch in enumerate(tables.prefetch(state.tables, batches)):
     begin = time.perf_counter()
-    state, metrics = rows.step(state, batch)
+    state, metrics = step(state, batch)
     loss = float(metrics["loss"])
-    rows.settle()
+    state.tables.host.settle()
     times.append(time.perf_counter() - begin)
     memory.append(resident())
     log(f"step {i}: loss {loss:.4f}, {times[-1]:.2f} s, {memory[-1] / 2**20:,.0f} MiB resident")
-  status = rows.tables[0].stat()
+  status = state.tables.host.tables[layout.layers[0]].stat()
   return {
     "rows": layout.rows[layout.layers[0]],
     "file_gib": status.st_size / 2**30,
@@ -206,7 +187,7 @@ def random_batch(cfg: Config, layout: Any, step: int) -> dict[str, np.ndarray]:
   numbers = np.random.default_rng(step)
   tokens = numbers.integers(0, cfg.model.vocab_size, (B, T)).astype(np.int32)
   ids = [
-    numbers.integers(0, layout.rows[layer], (B, T, cfg.model.engram.columns), np.int32)
+    numbers.integers(0, layout.rows[layer], (B, T, cfg.model.engram.hash_heads), np.int32)
     for layer in layout.layers
   ]
   return {

@@ -37,7 +37,8 @@ from engram_jax.aot.collectives import collectives
 from engram_jax.core.mesh import make_mesh
 from engram_jax.memory.table import lookup, table_sharding
 from engram_jax.tables.optimizers.adam import adam
-from engram_jax.training.touched import ShardedRows, expand_rows
+from engram_jax.tables.sharded import ShardedRows
+from engram_jax.tables.state import expand_rows
 
 DEVICES, COLUMNS = 8, 16
 CAPACITY = {"uniform": 1.25, "zipf": 0.7}  # rows of an exchange over ids; what a run would measure
@@ -124,10 +125,10 @@ def normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
 def programs(mesh, capacity: float, table, ids, drows) -> dict[str, Side]:
   """Every side, compiled; each returns what the next computation would need and no more."""
   place = table_sharding(mesh)
-  rows = ShardedRows(adam(0.1), mesh, capacity, jnp.float32)
+  rows = ShardedRows(adam(0.1), mesh, table.shape[:1], capacity, jnp.float32)
 
   def fetch(table, ids):
-    fetched, _, _ = rows.fetch((table,), (), ids[None])
+    fetched, _, _ = rows.fetch((table,), (), (ids,))
     return fetched, lambda r: expand_rows(mesh, r, fetched.inverses[0])
 
   def exchange(table, ids):
@@ -137,7 +138,7 @@ def programs(mesh, capacity: float, table, ids, drows) -> dict[str, Side]:
   def exchange_both(table, ids, drows):
     fetched, spread = fetch(table, ids)
     found, transpose = jax.vjp(spread, fetched.rows[0])
-    summed = rows.collect((table,), fetched, transpose(drows))
+    summed = rows.reduce_grads(fetched, transpose(drows))
     return found, summed
 
   def dense_both(table, ids, drows):

@@ -20,6 +20,7 @@ import numpy as np
 
 from engram_jax.inference.load import LoadedModel, load_model
 from engram_jax.memory.codecs import KINDS, decode, encode, row_bytes
+from engram_jax.tables.state import TableState
 from engram_jax.training.evaluate import evaluate, make_eval_step
 from engram_jax.training.state import make_setup
 
@@ -48,20 +49,19 @@ def measure(opened: LoadedModel, batches: int | None) -> dict[str, float]:
   """{encoding: mean loss in nats a token}, and "off"."""
   data = opened.data()
   setup = make_setup(opened.config, data.vocabulary.layout)
-  on, off = (make_eval_step(setup, memory=memory) for memory in (True, False))
-  tables = opened.tables()
-  found = {}
+  step, layers, tables, found = make_eval_step(setup), setup.tables.layers, opened.tables(), {}
   for name in (*KINDS, "off"):
     given = tables if name == "off" else [through(table, name) for table in tables]
     state = argparse.Namespace(
       params=opened.weights.params,
       biases=opened.weights.biases,
-      tables=tuple(map(jnp.array, given)),
+      tables=TableState(dict(zip(layers, map(jnp.array, given), strict=True)), {}),
     )
     with contextlib.closing(data.validation_pipeline().iterate()) as windows:
       some = itertools.islice(windows, batches)
-      step = off if name == "off" else on
-      found[name] = evaluate(step, state, some, data.token_bytes, data.sources)["loss"]
+      found[name] = evaluate(
+        step, setup, state, some, data.token_bytes, data.sources, memory=name != "off"
+      )["loss"]
   return found
 
 

@@ -9,6 +9,7 @@ the same step without one ingredient. With --json one object goes to stdout, the
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -23,7 +24,7 @@ from engram_jax.data.pipeline import prepare
 from engram_jax.model.counts import flops_per_token
 from engram_jax.training.evaluate import make_eval_step
 from engram_jax.training.state import init_state, make_setup
-from engram_jax.training.step import fetch_rows, loss_and_grads, make_train_step
+from engram_jax.training.step import loss_and_grads, make_train_step
 
 MATMUL_SIZE = 1024
 WITHOUT = {
@@ -77,7 +78,7 @@ def matmul() -> Callable[[], object]:
 
 def setting(cfg: Config):
   data = prepare(cfg, lambda text: print(text, file=sys.stderr))
-  setup = make_setup(cfg)
+  setup = make_setup(cfg, data.vocabulary.layout)
   batch = jax.device_put(data.training_pipeline().batch_at(0))
   return setup, init_state(setup), batch
 
@@ -95,19 +96,26 @@ def whole_step(cfg: Config, name: str) -> dict[str, Callable[[], object]]:
 
 def parts(cfg: Config) -> dict[str, Callable[[], object]]:
   setup, state, batch = setting(cfg)
+  tables, ids = setup.tables, setup.tables.batch_ids(batch)
 
-  look_up = jax.jit(lambda state, batch: fetch_rows(setup, state, batch)[0])
-  fetched = look_up(state, batch)
-  grads = jax.jit(lambda s, f, b: loss_and_grads(setup, s, f, b))
-  forward = make_eval_step(setup)
+  @jax.jit
+  def fetch(state, ids):
+    return dataclasses.replace(tables.fetch(state, ids), synced=None)  # no copy of a table
+
+  touched = fetch(state.tables, ids)
+  grads = jax.jit(lambda s, t, b: loss_and_grads(setup, s, t, b))
+  eval_step = make_eval_step(setup)
+
+  def forward():
+    rows = tuple(tables.lookup(state.tables, ids).values())
+    return eval_step(state.params, state.biases, rows, batch)
+
   update = jax.jit(lambda g, s: setup.optimizer.update(g, s.optimizer, s.params))
-  (backbone, _), _ = grads(state, fetched, batch)
+  (backbone, _), _ = grads(state, touched, batch)
   return {
-    "part: distinct rows, gather": lambda: look_up(state, batch),
-    "part: forward, as in evaluation": lambda: forward(
-      state.params, state.biases, state.tables, batch
-    ),
-    "part: loss and gradients": lambda: grads(state, fetched, batch),
+    "part: distinct rows, gather": lambda: fetch(state.tables, ids),
+    "part: forward, as in evaluation": forward,
+    "part: loss and gradients": lambda: grads(state, touched, batch),
     "part: backbone optimizer": lambda: update(backbone, state),
   }
 

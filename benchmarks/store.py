@@ -115,7 +115,7 @@ def huge(path: pathlib.Path) -> dict:
   store = FileRows(path)
   opened, rates, rng = time.perf_counter() - begin, [], np.random.default_rng(0)
   for _ in range(8):
-    ids = rng.integers(0, min(store.rows), (2, TOKENS, layout.columns))
+    ids = rng.integers(0, min(store.rows), (2, TOKENS, layout.hash_heads))
     rates.append(ids.size / timed(lambda: store.fetch(ids)))  # noqa: B023
   store.close()
   return {

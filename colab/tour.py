@@ -51,13 +51,13 @@ from IPython.display import HTML, Image, display
 
 from engram_jax.analysis.gates import gates_html, gates_png
 from engram_jax.config import load_config
-from engram_jax.core.checkpoint import Checkpoints
-from engram_jax.core.run_directory import CHECKPOINTS, TOKENIZER, open_run
+from engram_jax.core.run_directory import TOKENIZER
 from engram_jax.data.pipeline import prepare
 from engram_jax.memory.engram import Engram
 from engram_jax.memory.hashing import hash_ids_numpy
 from engram_jax.memory.table import init_table, lookup
-from engram_jax.training.state import init_state, make_setup
+from engram_jax.tables.saved_run import load_run
+from engram_jax.training.state import make_setup, restore_state
 
 # %% [markdown]
 # ## Text to canonical ids
@@ -67,11 +67,12 @@ from engram_jax.training.state import init_state, make_setup
 # %%
 cfg = load_config(repository / "configs" / "tiny.yaml")
 data = prepare(cfg)
+tokenizer, compressor = data.vocabulary.tokenizer, data.vocabulary.compressor
 text = "The city of Paris; the City of paris"
-tokens = data.tokenizer.encode(text).ids
-canonical = data.vocabulary.compressor(np.array(tokens)).tolist()
+tokens = tokenizer.encode(text).ids
+canonical = compressor(np.array(tokens)).tolist()
 for token, x in zip(tokens, canonical, strict=True):
-  print(f"{data.tokenizer.decode([token])!r:12} token {token:5}  canonical {x:5}")
+  print(f"{tokenizer.decode([token])!r:12} token {token:5}  canonical {x:5}")
 
 # %% [markdown]
 # ## Suffix n-grams, and their hash
@@ -159,15 +160,14 @@ print((done.stdout + done.stderr)[-3000:])
 done.check_returncode()
 
 # %%
-run = root / "tour"
-cfg = open_run(run)
-words = cfg.data.model_copy(update={"tokenizer": str(run / TOKENIZER)})
-cfg = cfg.model_copy(update={"data": words})
-data, setup = prepare(cfg), make_setup(cfg)
-with Checkpoints(run / CHECKPOINTS, keep=None) as checkpoints:
-  step = checkpoints.newest_valid(print)
-  state = checkpoints.restore(step, jax.eval_shape(lambda: init_state(setup)))
-print("step", step)
+with load_run(root / "tour", None, print) as saved:
+  words = saved.config.data.model_copy(update={"tokenizer": str(saved.path / TOKENIZER)})
+  cfg = saved.config.model_copy(update={"data": words})
+  data = prepare(cfg)
+  tokenizer = data.vocabulary.tokenizer
+  setup = make_setup(cfg, data.vocabulary.layout)
+  state = restore_state(saved.checkpoints, saved.step, setup)
+print("step", saved.step)
 
 # %% [markdown]
 # ## Gates over validation text
@@ -179,11 +179,10 @@ print("step", step)
 @jax.jit
 def gates(state, batch):
   model = setup.model(state.params, state.biases)
-  shape = (*batch["tokens"].shape, cfg.model.engram.memory_width)
-  rows = [lookup(t, batch["row_ids"][i]).reshape(shape) for i, t in enumerate(state.tables)]
+  rows = setup.tables.lookup(state.tables, setup.tables.batch_ids(batch))
   _, probes = model(
     batch["tokens"],
-    tuple(rows),
+    tuple(rows.values()),
     segments_BT=batch["segments"],
     positions_BT=batch["positions"],
   )
@@ -194,7 +193,7 @@ with contextlib.closing(data.validation_pipeline(batch_size=4).iterate()) as bat
   batch = next(batches)
 gate_BT = np.asarray(gates(state, batch), np.float32)
 for tokens_T, gate_T in zip(batch["tokens"], gate_BT, strict=True):
-  pieces = [data.tokenizer.decode([int(token)], skip_special_tokens=False) for token in tokens_T]
+  pieces = [tokenizer.decode([int(token)], skip_special_tokens=False) for token in tokens_T]
   display(HTML(gates_html(pieces[:64], gate_T[:64])))
 picture = root / "gates.png"
 gates_png(pieces[:48], gate_T[:48], picture)

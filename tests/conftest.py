@@ -86,6 +86,10 @@ class Lab(NamedTuple):
       sys.argv = before
     return Done(left.value.code, out.getvalue(), err.getvalue())
 
+  def unshared(self) -> "Lab":
+    """With commands that share no jitted function with other runs of this process."""
+    return self._replace(train=load_command("train"), eval=load_command("eval"))
+
   def training(self, root: pathlib.Path, *args: object) -> Done:
     return self.run(self.train, "--config", self.config, "--run.root", root, *args)
 

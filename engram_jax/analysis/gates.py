@@ -39,25 +39,48 @@ def gates_html(pieces: Sequence[str], gates: np.ndarray) -> str:
   return f'<div style="{style}"><div>{spans}</div>{legend}</div>'
 
 
-def gates_png(pieces: Sequence[str], gates: np.ndarray, path: pathlib.Path | str) -> None:
-  """Writes a bar chart, one bar per token, to `path` as PNG. Needs the extra `colab`.
+def gates_png(
+  pieces: Sequence[str], gates: np.ndarray, path: pathlib.Path | str, width: int = 72
+) -> None:
+  """Writes the same as a picture: the text in lines of `width` characters, and a legend, as PNG.
 
-  Arguments and errors as `gates_html`.
+  Needs the extra `colab`. Arguments and errors as `gates_html`.
   """
   gates = _checked(pieces, gates)
   # Imported here: matplotlib is an extra, and slow to import. A Figure of its own, without pyplot,
   # needs no display and leaves no global state.
   from matplotlib.figure import Figure
+  from matplotlib.patches import Rectangle
 
-  figure = Figure(figsize=(max(4.0, 0.25 * len(pieces)), 3.0), layout="constrained")
-  axes = figure.subplots()
-  positions = np.arange(len(pieces))
-  axes.bar(positions, gates, color=[_colour(gate) for gate in gates], edgecolor="grey")
   # A dollar sign would start matplotlib's mathematics; whitespace alone would not show.
-  labels = [piece.replace("\n", "\\n").replace(" ", "·").replace("$", r"\$") for piece in pieces]
-  axes.set_xticks(positions, labels, rotation=90, family="monospace", fontsize=8)
-  axes.set(ylim=(0, 1), ylabel="gate")
-  figure.savefig(path, format="png", dpi=120)
+  shown = [piece.replace("\n", "↵").replace("$", r"\$") for piece in pieces]
+  lines = _lines([len(piece.replace("\n", "↵")) for piece in pieces], width)
+  figure = Figure(figsize=(0.115 * width, 0.32 * (lines[-1][0] + 3)), dpi=120)
+  axes = figure.add_axes((0.01, 0.02, 0.98, 0.96))
+  axes.set(xlim=(0, width), ylim=(lines[-1][0] + 3, 0))
+  axes.axis("off")
+  text = {"family": "monospace", "fontsize": 11, "va": "center"}
+  cells = [(*cell, *what) for cell, what in zip(lines, zip(shown, gates, strict=True), strict=True)]
+  end = lines[-1][0] + 2
+  legend = [(end, 11 + i, 1, "", i / 10) for i in range(11)]
+  for line, column, size, piece, gate in (*cells, *legend):
+    box = Rectangle((column, line + 0.08), size, 0.84, color=_colour(gate), linewidth=0)
+    axes.add_patch(box)
+    axes.text(column, line + 0.5, piece, **text)
+  axes.text(10.5, end + 0.5, "gate 0", ha="right", **text)
+  axes.text(22.5, end + 0.5, "1", **text)
+  figure.savefig(path, format="png")
+
+
+def _lines(sizes: Sequence[int], width: int) -> list[tuple[int, int, int]]:
+  """(line, column, size) of pieces of so many characters, broken into lines of `width`."""
+  cells, line, column = [], 0, 0
+  for size in sizes:
+    if column and column + size > width:
+      line, column = line + 1, 0
+    cells.append((line, column, size))
+    column += size
+  return cells
 
 
 def _checked(pieces: Sequence[str], gates: np.ndarray) -> np.ndarray:

@@ -192,6 +192,6 @@ def batch_shapes(cfg: Config, mesh: Mesh) -> Batch:
   names = ("tokens", "targets", "segments", "positions", "source")
   batch = {name: token("int32") for name in names} | {"mask": token("bool")}
   if engram.layers:
-    shape = (len(engram.layers), B, T, engram.columns)
+    shape = (len(engram.layers), B, T, engram.hash_heads)
     batch["row_ids"] = jax.ShapeDtypeStruct(shape, "int32", sharding=place(None, BATCH_AXES))
   return batch

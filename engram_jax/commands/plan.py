@@ -122,7 +122,7 @@ def training_bytes(
   width, size = engram.row_width, 2 if engram.table_dtype == "bfloat16" else 4
   rows = list(layout.rows.values()) if layout else []
   padded = sum(-(-n // PAD_MULTIPLE) * PAD_MULTIPLE for n in rows)
-  looked_up = cfg.train.batch_size * cfg.data.sequence_length * engram.columns
+  looked_up = cfg.train.batch_size * cfg.data.sequence_length * engram.hash_heads
   touched = sum(min(n, looked_up) for n in rows)
   backbone = counts.all_parameters - counts.tables
   adam = 2 * 4 * width + 4

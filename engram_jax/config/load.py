@@ -14,9 +14,11 @@ from engram_jax.errors import ConfigError
 def load_config(path: str | pathlib.Path | None, overrides: dict[str, Any] | None = None) -> Config:
   """The checked config of a YAML file, its `extends` chain and overrides by dotted path.
 
+  path: `configs/NAME.yaml` that is not in the working folder is the one that the package ships.
+
   Raises ConfigError (exit code 2) naming the file, the field, its value and what would be valid.
   """
-  tree = _read(pathlib.Path(path), ()) if path is not None else {}
+  tree = _read(_found(pathlib.Path(path)), ()) if path is not None else {}
   for dotted, value in (overrides or {}).items():
     _set(tree, dotted, value)
   return build(tree, where=str(path or "overrides"))
@@ -84,13 +86,34 @@ class _UniqueKeys(yaml.SafeLoader):
     return super().construct_mapping(node, deep)
 
 
+def _shipped() -> pathlib.Path:
+  """The folder of the package's own configs: in it when installed, else beside it."""
+  package = pathlib.Path(__file__).parents[1]
+  installed = package / "configs"
+  return installed if installed.is_dir() else package.parent / "configs"
+
+
+def _alternatives(path: pathlib.Path) -> str:
+  """What a mistyped configs/NAME.yaml may have meant."""
+  if path.parent != pathlib.Path("configs"):
+    return ""
+  names = ", ".join(sorted(file.stem for file in _shipped().glob("*.yaml")))
+  return f"; the package ships configs/NAME.yaml for {names}"
+
+
+def _found(path: pathlib.Path) -> pathlib.Path:
+  shipped = _shipped() / path.name
+  is_shipped = path.parent == pathlib.Path("configs") and shipped.is_file()
+  return shipped if is_shipped and not path.exists() else path
+
+
 def _read(path: pathlib.Path, seen: tuple[pathlib.Path, ...]) -> dict[str, Any]:
   if path.resolve() in seen:
     raise ConfigError(f"{path}: extends itself through {' -> '.join(map(str, seen))}")
   try:
     tree = yaml.load(path.read_text(), _UniqueKeys) or {}
   except FileNotFoundError:
-    raise ConfigError(f"{path}: no such config file") from None
+    raise ConfigError(f"{path}: no such config file{_alternatives(path)}") from None
   except (OSError, UnicodeDecodeError) as error:
     raise ConfigError(f"{path}: cannot be read: {error}") from None
   except yaml.YAMLError as error:

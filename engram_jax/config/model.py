@@ -114,14 +114,14 @@ class EngramConfig(Frozen):
     return bool(self.layers) and self.placement != "device"
 
   @property
-  def columns(self) -> int:
+  def hash_heads(self) -> int:
     """J: rows looked up per token, (N-1) K."""
     return (self.max_ngram - 1) * self.heads
 
   @property
   def memory_width(self) -> int:
     """M = J C: width of what one token retrieves."""
-    return self.columns * self.row_width
+    return self.hash_heads * self.row_width
 
 
 class YarnConfig(Frozen):

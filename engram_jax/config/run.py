@@ -127,6 +127,8 @@ class TrainConfig(Frozen):
   """0 = only at the end."""
   sample_prompt: str = "The capital of France is"
   sample_tokens: Count = 40
+  profile: Annotated[str, Field(pattern=r"^(\d+:\d+)?$")] = ""
+  """FIRST:LAST steps, such as 10:13, to trace into the run's folder profile/; empty is none."""
   checkpoint_every: Positive = 100
   keep_checkpoints: Positive = 2
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -144,7 +146,21 @@ class TrainConfig(Frozen):
       f"sample_prompt={self.sample_prompt!r} has nothing to continue: give some text, or "
       f"sample_tokens=0 instead of sample_tokens={self.sample_tokens}",
     )
+    if window := self.profile_window:
+      require(
+        1 <= window[0] <= window[1] <= self.steps,
+        f"profile={self.profile!r} must be FIRST:LAST with 1 <= FIRST <= LAST <= steps="
+        f"{self.steps}",
+      )
     return self
+
+  @property
+  def profile_window(self) -> tuple[int, int] | None:
+    """The first and the last step to be traced; None for no trace."""
+    if not self.profile:
+      return None
+    first, last = map(int, self.profile.split(":"))
+    return first, last
 
 
 class MeshConfig(Frozen):

@@ -1,6 +1,10 @@
-"""The machine's matrix-multiplication speed, measured: the denominator of MFU."""
+"""Where time goes: a trace of a few steps, and the matmul speed that MFU is measured against."""
 
+import contextlib
+import pathlib
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,3 +39,46 @@ def matmul_peak(
     multiply(left, right).block_until_ready()
     times.append(time.perf_counter() - start)
   return 2 * size**3 / min(times)
+
+
+class TraceWindow:
+  """A `jax.profiler` trace of the steps `first` to `last`; a context manager.
+
+  XProf and TensorBoard (with its profile plugin) open the folder. Each step is marked by its
+  number, and operations carry the named scopes of the model and its tables.
+  """
+
+  def __init__(self, window: tuple[int, int] | None, folder: pathlib.Path):
+    """Traces nothing for None; else into `folder`, made when the trace begins."""
+    self._window, self._folder, self._running = window, folder, False
+
+  def __enter__(self) -> "TraceWindow":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if self._running:
+      self._stop()
+
+  @contextlib.contextmanager
+  def step(self, step: int) -> Iterator[None]:
+    """Surrounds a step, which is traced if it is in the window."""
+    if self._window is None or not self._window[0] <= step <= self._window[1]:
+      yield
+      return
+    if not self._running:
+      jax.profiler.start_trace(str(self._folder))
+      self._running = True
+    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+      yield
+
+  def end(self, step: int, result: Any) -> bool:
+    """Ends the trace after the window's last step, once its `result` is there; whether it did."""
+    if not self._running or step < self._window[1]:
+      return False
+    jax.block_until_ready(result)
+    self._stop()
+    return True
+
+  def _stop(self) -> None:
+    self._running = False
+    jax.profiler.stop_trace()

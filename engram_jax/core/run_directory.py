@@ -19,6 +19,7 @@ from engram_jax.errors import ConfigError, StorageError
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
 CHECKPOINTS = "checkpoints"
+PROFILE = "profile"
 _LOCK = ".lock"
 _PARTIAL = ".partial"
 # What a process that was killed before its folder became a run may have left there.
@@ -133,6 +134,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 _FREE = (
   "run.root",
   "run.tensorboard",
+  "train.profile",
   "data.threads",
   "data.workers",
   "data.cache",

@@ -107,7 +107,7 @@ class LoadedModel:
     return prepare(self.config.model_copy(update={"data": data}), lambda _: None)
 
   def source(self, stack: contextlib.ExitStack, where: "PlacementArgs") -> RowSource | None:
-    """PlacementArgs of this step from where they are wanted; None without a memory.
+    """Rows of this step from where they are wanted; None without a memory.
 
     stack: what is opened is closed with it.
     """
@@ -151,7 +151,7 @@ class PlacementArgs:
   table: pathlib.Path | None = None
   """A file that `convert table` wrote of this step; with file, or with host to load it."""
   device_cache_rows: int = 0
-  """PlacementArgs most frequent in the training text that stay on the device; with host or file."""
+  """Rows most frequent in the training text that stay on the device; with host or file."""
   host_cache_mib: int = 0
   """Memory for rows of the file that were asked for often; with file."""
   deadline: float | None = None

@@ -131,7 +131,7 @@ def _encode_fp8(rows_UC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _multiply_blocks(rows_UC: np.ndarray, scales: np.ndarray) -> None:
-  """Each block of columns times its number of `scales` [U, ceil(C / 32)], in place."""
+  """Multiplies each block of columns by its number of `scales` [U, ceil(C / 32)], in place."""
   U, C = rows_UC.shape
   whole = C - C % BLOCK  # columns of blocks that are full
   blocks = rows_UC[:, :whole].reshape(U, whole // BLOCK, BLOCK)  # a view, as only C is divided

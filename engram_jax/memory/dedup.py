@@ -62,7 +62,7 @@ def _sort_with_positions(ids: jax.Array, size: int) -> UniqueRows:
 
 
 def _distinct(sorted_ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-  """Each id once, then FILL; and each sorted id's position among them."""
+  """Returns each id once, then FILL; and each sorted id's position among them."""
   is_new = jnp.concatenate([jnp.zeros(1, jnp.int32), sorted_ids[1:] != sorted_ids[:-1]])
   rank = jnp.cumsum(is_new, dtype=jnp.int32)
   ids_U = jnp.full(size, FILL, jnp.int32)

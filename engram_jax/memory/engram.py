@@ -78,7 +78,7 @@ class Engram(nnx.Module):
   def __call__(
     self, hidden_BTGD: jax.Array, rows_BTM: jax.Array, segments_BT: jax.Array | None = None
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What to add to the branches, and the gates.
+    """Computes what to add to the branches, and the gates.
 
     Args:
       hidden_BTGD: residual branches; their dtype is the compute dtype. Norms, gate and convolution
@@ -126,12 +126,12 @@ class Engram(nnx.Module):
   def _gated(self, hidden_BTGD: jax.Array, rows_BTM: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The gates, float32 [B, T, G], and the value they multiply, [B, T, D]."""
     key_BTGD, value_BTD = self.project_rows(rows_BTM.astype(hidden_BTGD.dtype))
-    with jax.named_scope("gate"):
+    with jax.named_scope("context_aware_gating"):
       weight_GD = self.g_key[...] * self.g_query[...]
       logit_BTG = gate_logit(hidden_BTGD, key_BTGD, weight_GD, self.cfg.norm_eps)
       return gate(logit_BTG, self.cfg.gate), value_BTD
 
-  @jax.named_scope("project")
+  @jax.named_scope("key_value_projection")
   def project_rows(self, rows_BTM: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys of all branches and the value they share, in one dot."""
     dtype = rows_BTM.dtype

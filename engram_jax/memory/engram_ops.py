@@ -162,7 +162,7 @@ def norm_scale(a, v, eps):
 
 
 def _tap_scales(c, keep, shifts):
-  """What multiplies the delayed value in each tap: c of that position, zero where not kept."""
+  """Factors of the delayed value in each tap: c of that position, zero where not kept."""
   scales = [delay(c, s) for s in shifts]
   if keep is None:
     return scales

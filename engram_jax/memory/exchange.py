@@ -107,7 +107,7 @@ def _first_rows(p: Partition) -> jax.Array:
 def _positions(
   ids_U: jax.Array, p: Partition, low_P: jax.Array, high_P: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Where in ids_U the rows [low, high) of each owner begin and end, int32 [P] each."""
+  """Positions in ids_U where the rows [low, high) of each owner begin and end, int32 [P] each."""
   first_P = _first_rows(p)
   edges = jnp.concatenate([first_P + low_P, first_P + high_P])
   ends = jnp.searchsorted(ids_U.astype(jnp.uint32), edges).astype(jnp.int32)
@@ -142,8 +142,11 @@ def _requests_in_range(
 
 
 class Round(NamedTuple):
-  """What this device requests of each table in one round, and the rows [P, S] that are requested of
-  it (its row count where a slot is empty)."""
+  """One round's requests.
+
+  sent: what this device requests of each table. received: int32 [P, S] of each, the rows that are
+  requested of it; its row count where a slot is empty.
+  """
 
   sent: list[_Sent]
   received: list[jax.Array]

@@ -1,4 +1,4 @@
-"""Every constant of a model's hash: multipliers, primes, and where each head's table starts.
+"""Constants of a model's hash: multipliers, primes, and where each head's table starts.
 
 A layout is one frozen, hashable value (usable as a static argument of jit) that holds the constants
 of every layer as Python integers. Released models differ in a few rules, which are a `Dialect`;
@@ -26,7 +26,7 @@ MAX_ROWS = 2**31 - 1  # row ids are int32, offsets included
 
 
 class Dialect(NamedTuple):
-  """What released hashes differ in.
+  """The rules in which released hashes differ.
 
   multipliers: `(layout, layer) -> N odd integers`, each of whose products with a canonical id is
   below 2^63 (see `largest_half`). hashes_raw_ids: the tokenizer's own ids are hashed, not canonical
@@ -47,7 +47,7 @@ def find_dialect(name: str) -> Dialect:
 
 @dataclasses.dataclass(frozen=True)
 class HashLayout:
-  """Every constant of a model's hash; make one with `HashLayout.build`.
+  """All constants of a model's hash; make one with `HashLayout.build`.
 
   Attributes by layer id: `multipliers[layer]` (N ints), `primes[layer]` (a tuple per order of a
   prime per head), `offsets[layer]` (J ints: where each head's table starts), `rows[layer]` (int:
@@ -160,7 +160,7 @@ class HashLayout:
       require(count <= MAX_ROWS, f"a table of {count} rows has no int32 row ids: max {MAX_ROWS}")
 
   @property
-  def columns(self) -> int:
+  def hash_heads(self) -> int:
     """J = (N-1) K: rows that one token looks up."""
     return (self.max_ngram - 1) * self.heads
 

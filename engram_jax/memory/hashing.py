@@ -67,7 +67,7 @@ def hash_ids_numpy(
   mixes = [seen[0] * multipliers[0]]
   for older_BT, multiplier in zip(seen[1:], multipliers[1:], strict=True):
     mixes.append(mixes[-1] ^ older_BT * multiplier)
-  return _remainders(mixes[1:], layout.primes[layer]).reshape(*ids_BT.shape, layout.columns)
+  return _remainders(mixes[1:], layout.primes[layer]).reshape(*ids_BT.shape, layout.hash_heads)
 
 
 def hash_ids(
@@ -111,7 +111,7 @@ def row_ids(
 
 
 def invalid_ids(layout: HashLayout, ids: "jax.Array | np.ndarray") -> "jax.Array":
-  """How many ids of an integer array lie outside [0, compressed_vocab): int32 scalar, jittable."""
+  """Counts the ids outside [0, compressed_vocab): int32 scalar, jittable."""
   from engram_jax.memory import hashing_jit
 
   return hashing_jit.invalid_ids(layout, ids)

@@ -81,7 +81,7 @@ def _hash_ids(layout, layer, ids_BT, segments_BT, history_BH, mask_BT):
   high, low = (jnp.stack(limb, axis=-1)[..., None] for limb in zip(*mixes[1:], strict=True))
   primes = np.array(layout.primes[layer], np.uint32)  # [orders, K]
   hashed = _remainder((high, low), primes)
-  return hashed.astype(jnp.int32).reshape(*ids_BT.shape, layout.columns)
+  return hashed.astype(jnp.int32).reshape(*ids_BT.shape, layout.hash_heads)
 
 
 def _as_int32(ids: jax.Array | np.ndarray) -> jax.Array:

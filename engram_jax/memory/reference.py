@@ -12,7 +12,7 @@ def engram_reference(
   rows_BTM: jax.Array,
   segments_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """What `engram(hidden_BTGD, rows_BTM, segments_BT)` returns, one equation a line.
+  """Computes `engram(hidden_BTGD, rows_BTM, segments_BT)`, one equation a line.
 
   Everything in the dtype of the inputs (arXiv 2601.07372, equations 3 to 6).
   """

@@ -96,7 +96,7 @@ def table_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def row_major(place: NamedSharding, ndim: int) -> NamedSharding | Format:
-  """Where a table, or its optimizer's state, lies; on TPU with each row in one piece.
+  """The sharding of a table or of its optimizer's state; on TPU with each row in one piece.
 
   A TPU lays narrow arrays out by columns unless it is told. Rows are then read and written in a
   copy by rows, so that each step would copy the whole table there and back.
@@ -171,7 +171,7 @@ def _exchanged_forward(mesh, capacity, table_RC, row_ids):
 
 
 def _exchanged_backward(mesh, capacity, saved, drows):
-  """Each device sums the gradients of its distinct ids; their owners sum over the devices."""
+  """Sums the gradients of each device's distinct ids, then over devices at the rows' owners."""
   table_RC, row_ids = saved  # of the table only the shape is read
   (_, C), p = table_RC.shape, _partition(mesh, capacity, *saved)
 

@@ -1,4 +1,4 @@
-"""What leads from text to row ids: a tokenizer, its token map, and the hash layout of a model."""
+"""Everything from text to row ids: a tokenizer, its token map, and the hash layout of a model."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ class Vocabulary:
     return stacked_row_ids(self.layout, self.compressor, tokens_BT, segments_BT)
 
   def fingerprint(self, corpus_digest: str) -> dict[str, Any]:
-    """What the numbers of a checkpoint mean, as JSON values for its meta.
+    """Digests of all that a checkpoint's numbers mean, as JSON values for its meta.
 
     Rows addressed with other constants are other rows, and nothing in an array's shape would tell,
     so every checkpoint carries these and no run goes on without finding them equal.
@@ -93,7 +93,7 @@ def stacked_row_ids(
   if layout is None:
     return np.zeros((0, *tokens_BT.shape, 0), np.int32)
   ids_BT = compressor(tokens_BT)
-  out_LBTJ = np.empty((len(layout.layers), *tokens_BT.shape, layout.columns), np.int32)
+  out_LBTJ = np.empty((len(layout.layers), *tokens_BT.shape, layout.hash_heads), np.int32)
   for out, layer in zip(out_LBTJ, layout.layers, strict=True):
     out[...] = row_ids(layout, layer, ids_BT, segments_BT)
   return out_LBTJ

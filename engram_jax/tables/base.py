@@ -174,7 +174,7 @@ class Tables:
 
   @functools.cached_property
   def formats(self) -> TableState | None:
-    """How the state lies on the mesh: its shardings, on TPU with the layout of its arrays.
+    """Shardings of the state on the mesh, on TPU with the layout of its arrays.
 
     None without a mesh, and for tables off the devices."""
     if self.mesh is None or self.is_offloaded:
@@ -203,11 +203,12 @@ class Tables:
   # --- a batch's rows ----------------------------------------------------------------------
 
   def batch_ids(self, batch: Mapping[str, Any]) -> dict[int, Any]:
-    """What `fetch` takes of a pipeline's batch: its row ids, or its slots after `prefetch`."""
+    """Row ids by layer of a pipeline's batch, for `fetch`; its slots after `prefetch`."""
     if not self.layers:
       return {}
     return self._by_layer(batch[SLOTS] if SLOTS in batch else batch["row_ids"])
 
+  @jax.named_scope("sparse_retrieval")
   def fetch(self, state: TableState, row_ids: Mapping[int, jax.Array]) -> Touched:
     """The distinct rows of a batch, up to date, to be differentiated by.
 
@@ -234,6 +235,7 @@ class Tables:
       by_layer(fetched.rows), by_layer(fetched.inverses), fetched.residuals, synced, self._sharded
     )
 
+  @jax.named_scope("row_gradients")
   def reduce_grads(self, touched: Touched, d_rows: Mapping[int, jax.Array]) -> RowGrads:
     """The rows' gradients where the rows lie, with their norm, for whoever clips by it.
 
@@ -244,6 +246,7 @@ class Tables:
       return RowGrads((), (), (), jnp.float32(0), (), jnp.int32(0))
     return self._rows.reduce_grads(self._fetched(touched), grads)
 
+  @jax.named_scope("table_update")
   def update(
     self,
     state: TableState,
@@ -369,7 +372,7 @@ class Tables:
     return run
 
   def counts(self, state: TableState) -> dict[str, float]:
-    """What moving rows has cost since the last call, as metrics; {} on devices."""
+    """Metrics of moving rows since the last call; {} on devices."""
     return {} if state.host is None else state.host.counts()
 
   # --- within ------------------------------------------------------------------------------

@@ -98,12 +98,12 @@ class DeviceRows(NamedTuple):
     return tuple(t for t, _ in new), tuple(s for _, s in new)
 
   def flush(self, tables: Arrays, states: tuple) -> tuple[Arrays, tuple]:
-    """Every row brought up to date."""
+    """Brings every row up to date."""
     new = [self.optimizer.flush(t, s) for t, s in zip(tables, states, strict=True)]
     return tuple(t for t, _ in new), tuple(s for _, s in new)
 
   def _first_rows(self, tables: Arrays) -> list[Any]:
-    """What to add to a position for its row id, by which the noise of bfloat16 goes."""
+    """Offsets from positions to row ids, which the noise of bfloat16 is a function of."""
     if self.buffer_ids is None:
       return [0] * len(tables)
     return [i.astype(jnp.uint32) - jnp.arange(i.size, dtype=jnp.uint32) for i in self.buffer_ids]

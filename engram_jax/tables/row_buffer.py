@@ -33,7 +33,7 @@ class UninitializedRows(NamedTuple):
 
 
 class Prefetched(NamedTuple):
-  """What was read of one table for one step.
+  """Rows of one table, read for one step.
 
   ids: int32 [n], distinct, rising. padded_ids: int32 [U], these and then -1. leaves: [u, ...] on
   the device, n <= u <= U. source: int32 [u], positions in the buffer before, or -1; None without.

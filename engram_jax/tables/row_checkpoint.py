@@ -11,6 +11,7 @@ seed. A folder of a checkpoint then holds, for the i-th table,
 which are written and read block by block. The stored names are tables/i and row_optimizers/i.
 """
 
+import functools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Protocol
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 
 from engram_jax.core.checkpoint import Checkpoints
+from engram_jax.core.mesh import replicated
 from engram_jax.core.saved_arrays import SavedArray
 from engram_jax.errors import StorageError
 from engram_jax.tables.row_schema import RowSchema, padded
@@ -84,7 +86,7 @@ def stored_tables(state: TableState) -> dict[str, Any]:
 
 
 def holds_written_rows(checkpoints: Checkpoints, step: int) -> bool:
-  """Whether a checkpoint holds written rows, and no whole tables."""
+  """Says whether a checkpoint holds written rows in place of complete tables."""
   return (checkpoints.folder(step) / FOLDER).is_dir()
 
 
@@ -196,6 +198,9 @@ def _restore_scalars(checkpoints: Checkpoints, step: int, tables: Any) -> list[t
   """The scalars of each table's optimizer state."""
   schemas = tables.schemas.values()
   like = {OPTIMIZERS: tuple(s.scalars_alone(s.first_scalars()) for s in schemas)}
+  if tables.mesh is not None:  # else the step would be compiled again for what it returns
+    place = functools.partial(jax.ShapeDtypeStruct, sharding=replicated(tables.mesh))
+    like = jax.tree.map(lambda x: place(x.shape, x.dtype), like)
   found = checkpoints.restore(step, like, partial=True)[OPTIMIZERS]
   return [tuple(jax.tree.leaves(state)) for state in found]
 

@@ -176,7 +176,7 @@ _draw = jax.jit(draw_rows, static_argnames=("rows", "width", "std", "dtype"))
 
 
 def span(ids: np.ndarray, start: int, stop: int) -> slice:
-  """Where the ids in [start, stop) stand among rising int32 `ids`."""
+  """The slice of rising int32 `ids` that lies in [start, stop)."""
   # Bounds of another dtype would have the whole array converted, which may be larger than memory.
   return slice(*np.searchsorted(ids, np.array([start, stop], ids.dtype)))
 

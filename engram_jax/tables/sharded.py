@@ -29,8 +29,8 @@ _REPLICATED = PartitionSpec()
 
 
 class _Routing(NamedTuple):
-  """What a device remembers between fetch and update, for each table: its distinct ids, the ends of
-  the main round's ranges, and what was requested of it in that round."""
+  """Residuals of `fetch` on one device, for each table: its distinct ids, the ends of the main
+  round's ranges, and the rows that were requested of it in that round."""
 
   ids_U: Arrays
   main_end_P: Arrays
@@ -51,7 +51,7 @@ class ShardedRows(NamedTuple):
   dtype: Any
 
   def fetch(self, tables: Arrays, states: tuple, row_ids: Arrays) -> tuple[Fetched, Arrays, tuple]:
-    """As `DeviceRows.fetch`; row ids are divided by batch, and along T over `tensor`."""
+    """Fetches as `DeviceRows.fetch` does; B is divided by batch, T over `tensor`."""
     partitions = self._partitions(row_ids[0].size)
     row = jax.ShapeDtypeStruct(tables[0].shape[1:], self.dtype)
 
@@ -112,7 +112,7 @@ class ShardedRows(NamedTuple):
     ok: jax.Array,
     **options: Any,
   ) -> tuple[Arrays, tuple]:
-    """As `DeviceRows.update`. Sums of overflow rounds travel again, one round at a time."""
+    """Updates as `DeviceRows.update` does; sums of overflow rounds travel again, each in turn."""
     partitions = self._partitions(fetched.inverses[0].size)
 
     def run(routing, local_UC, ids, sums, owned, grad_scale, ok, options):
@@ -149,7 +149,7 @@ class ShardedRows(NamedTuple):
     )
 
   def flush(self, tables: Arrays, states: tuple) -> tuple[Arrays, tuple]:
-    """Every row brought up to date, each device its own; nothing travels."""
+    """Brings every row up to date, each device its own; nothing travels."""
 
     def run(tables: Arrays, states: tuple) -> tuple[Arrays, tuple]:
       device = lax.axis_index(self.mesh.axis_names)
@@ -187,7 +187,7 @@ class ShardedRows(NamedTuple):
 
   @property
   def _each(self) -> PartitionSpec:
-    """Every device its own part, along the leading axis."""
+    """The spec of arrays of which every device has its own part, along the leading axis."""
     return PartitionSpec(self.mesh.axis_names)
 
   @property
@@ -214,7 +214,7 @@ _TOKENS = PartitionSpec(BATCH_AXES, "tensor")  # how [B, T, J] is divided
 def _rebuild_routing(
   routing: _Routing, partitions: Sequence[Partition]
 ) -> tuple[list[Requests], Round]:
-  """What `fetch` knew, without the ids travelling again."""
+  """Rebuilds what `fetch` knew; no id travels again."""
   requests = [
     Requests(ids, ids[:0], ids.size, main_end)
     for ids, main_end in zip(routing.ids_U, routing.main_end_P, strict=True)

@@ -68,7 +68,7 @@ class TableOptimizer(NamedTuple):
 
   @property
   def is_lazy(self) -> bool:
-    """Whether rows may be behind until `sync` or `flush` brings them up to date."""
+    """Says whether rows may be behind until `sync` or `flush` brings them up to date."""
     return self.sync is not _unchanged
 
 

@@ -81,8 +81,9 @@ def train_step(setup: TrainSetup) -> Callable[[TrainState, Batch], tuple[TrainSt
     ok = jnp.isfinite(out["loss"]) & jnp.isfinite(norm)
 
     grads = jax.tree.map(lambda g: (scale * g).astype(g.dtype), grads)
-    updates, optimizer = setup.optimizer.update(grads, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("backbone_update"):
+      updates, optimizer = setup.optimizer.update(grads, state.optimizer, state.params)
+      params = optax.apply_updates(state.params, updates)
     biases = update_router_biases(setup, state.biases, out["load"])
     new = TrainState(
       step=state.step + 1,
@@ -143,15 +144,16 @@ def _loss(
     mesh=setup.mesh,
   )
   train = setup.config.train
-  loss, aux = cross_entropy_on(
-    setup.multi_device_mesh,
-    hidden_BTD,
-    model.head_DV,
-    batch["targets"],
-    batch["mask"],
-    chunk=train.loss_chunk,
-    z_loss=train.z_loss,
-  )
+  with jax.named_scope("cross_entropy"):
+    loss, aux = cross_entropy_on(
+      setup.multi_device_mesh,
+      hidden_BTD,
+      model.head_DV,
+      batch["targets"],
+      batch["mask"],
+      chunk=train.loss_chunk,
+      z_loss=train.z_loss,
+    )
   gate = tuple(g.mean() for g in probes["gate"])
   return loss / tokens, {"nll": aux["nll_sum"] / tokens, "gate": gate, "load": probes["load"]}
 

@@ -27,7 +27,7 @@ from engram_jax.tables.state import expand_rows
 
 ROWS, C, IDS = 1 << 21, 80, 1 << 12  # rows of the table; row ids that one device looks up
 D = 8
-OWN = ROWS // D * (3 * C + 1) * 4  # bytes of one device's rows and their optimizer's state
+SHARD_BYTES = ROWS // D * (3 * C + 1) * 4  # bytes of one device's rows and their optimizer's state
 
 pytestmark = pytest.mark.slow  # a compilation of a minute
 
@@ -79,7 +79,7 @@ def test_no_part_of_the_table_travels(program):
 def test_no_gradient_of_the_tables_size_is_made(program):
   """Rows are written in place; a gradient would be a broadcast of zeros, and memory."""
   assert "broadcast" not in {made.opcode for made in makers(program.text, ROWS // D)}
-  assert program.temporaries < OWN / 2
+  assert program.temporaries < SHARD_BYTES / 2
 
 
 def test_little_more_travels_than_the_distinct_rows(program):

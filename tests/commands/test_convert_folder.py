@@ -34,7 +34,7 @@ from engram_jax.interop.folder import Folder
 from engram_jax.interop.reader import MemoryReader
 from engram_jax.memory.codecs import decode, encode
 from engram_jax.memory.compress import TokenCompressor
-from engram_jax.training.state import logical_rows, make_setup, state_shapes, up_to_date
+from engram_jax.training.state import flush, make_setup, restore_state
 
 # Rows that lag behind and are stored in two bytes: what an export must bring up to date first.
 WORDS = ("--train.optimizer.table", "adam_catch_up", "--model.engram.table_dtype", "bfloat16")
@@ -75,12 +75,11 @@ def imported(lab, exported, say):
 def state_of(run: pathlib.Path):
   """The newest state as eval.py reads it."""
   cfg = open_run(run)
-  layout = prepare(cfg, lambda _: None).layout
+  layout = prepare(cfg, lambda _: None).vocabulary.layout
   setup = make_setup(cfg, layout)
   with Checkpoints(run / "checkpoints", keep=None) as checkpoints:
-    like = state_shapes(setup)
-    state = checkpoints.restore(24, like, rows=logical_rows(layout))
-  return up_to_date(setup, state), layout
+    state = restore_state(checkpoints, 24, setup)
+  return flush(setup, state), layout
 
 
 def bits(tree) -> list[tuple[np.dtype, bytes]]:
@@ -91,10 +90,12 @@ def test_parameters_and_tables_come_back_bit_for_bit(run, imported):
   before, _ = state_of(run)
   after, _ = state_of(imported)
   assert jax.tree.structure(before.params) == jax.tree.structure(after.params)
-  for part in ("params", "biases", "tables", "step"):
+  for part in ("params", "biases", "step"):
     assert bits(getattr(before, part)) == bits(getattr(after, part)), part
-  assert after.tables[0].dtype == "bfloat16"
-  assert np.asarray(after.tables[0], np.float32).any()
+  assert before.tables.tables.keys() == after.tables.tables.keys() == {1}
+  assert bits(before.tables.tables) == bits(after.tables.tables)
+  assert after.tables.tables[1].dtype == "bfloat16"
+  assert np.asarray(after.tables.tables[1], np.float32).any()
 
 
 def test_the_imported_run_evaluates_to_the_same_figures(lab, run, imported):
@@ -137,7 +138,7 @@ def test_the_library_opens_the_files_and_finds_the_state(run, exported):
     "params.blocks.1.engram.w_key": state.params["blocks"][1]["engram"]["w_key"],
     "params.head": state.params["head"],
     "biases.blocks.1.moe.bias": state.biases["blocks"][1]["moe"]["bias"],
-    "tables.1.weight": state.tables[0][: layout.rows[1]],
+    "tables.1.weight": state.tables.tables[1][: layout.rows[1]],
   }
   for name, array in wanted.items():
     with safetensors.safe_open(exported / weight_map[name], "np") as file:
@@ -152,7 +153,8 @@ def test_a_reader_of_the_export_says_what_the_run_says(run, exported):
     reading = reader.read("def f(x):")
     assert reader.memory.layout == layout
     rows = reader.rows(1, reading.row_ids[1])
-    np.testing.assert_array_equal(rows, np.asarray(state.tables[0], np.float32)[reading.row_ids[1]])
+    table = np.asarray(state.tables.tables[1], np.float32)
+    np.testing.assert_array_equal(rows, table[reading.row_ids[1]])
     module = reader.module(1)
     for name, array in state.params["blocks"][1]["engram"].items():
       np.testing.assert_array_equal(getattr(module, name)[...], array)

@@ -7,11 +7,8 @@ import pytest
 
 from engram_jax import __main__ as command
 from engram_jax.core import manifest
-from engram_jax.core.checkpoint import Checkpoints
-from engram_jax.core.run_directory import open_run
 from engram_jax.inference.stores.file import FileRows
-from engram_jax.memory.hashing import HashLayout
-from engram_jax.training.saved_rows import saved_rows
+from engram_jax.tables.saved_run import load_run
 
 # From step 12 on nothing moves, unless the schedule is another than the run's.
 DECAYED = ("--train.schedule.decay_at", 0.5, "--train.schedule.decay_to", 0)
@@ -29,13 +26,11 @@ def shards(folder):
 
 def weights(run, step):
   """{path: array} of parameters, and the rows of the table."""
-  cfg = open_run(run)
-  with Checkpoints(run / "checkpoints", keep=None) as checkpoints:
-    tree = manifest.read(checkpoints.folder(step))["tree"]
+  with load_run(run, step, print) as saved:
+    tree = manifest.read(saved.checkpoints.folder(step))["tree"]
     paths = [path for path in tree if path.startswith("params/")]
-    found = {path: checkpoints.open_array(step, path).read() for path in paths}
-    layout = HashLayout.from_description(checkpoints.meta(step)["hash_layout"])
-    rows = list(saved_rows(checkpoints, step, cfg, layout, 1))
+    found = {path: saved.checkpoints.open_array(step, path).read() for path in paths}
+    rows = list(saved.rows(1))
   assert {part.dtype for part in rows} == {np.dtype("float32")}
   return found | {"rows": np.concatenate(rows)}
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from miniatures import tokenizer
 
 from engram_jax.commands import convert
 from engram_jax.config import load_config
@@ -23,12 +24,13 @@ from engram_jax.inference.stores.file import FileRows
 from engram_jax.inference.stores.write import write_table_file
 from engram_jax.memory.codecs import decode, encode
 from engram_jax.memory.compress import TokenCompressor
-from engram_jax.memory.fingerprint import identity
 from engram_jax.memory.hash_layout import HashLayout
 from engram_jax.memory.table import padded_rows
+from engram_jax.memory.vocabulary import Vocabulary
+from engram_jax.tables import base, saved_run
+from engram_jax.tables.saved_run import load_run
 from engram_jax.tables.table_optimizer import table_optimizer
-from engram_jax.training import saved_rows
-from engram_jax.training.state import logical_rows, make_setup, state_shapes, up_to_date
+from engram_jax.training.state import flush, make_setup, restore_state
 
 STEP = 6
 OPTIMIZERS = {  # rows that lag behind, in both types, and rows that never do
@@ -53,14 +55,16 @@ def run(request, built, tmp_path_factory):
   layout = HashLayout.build(engram.dialect, engram.layers, *hash_sizes, tokens.size, 2)
   optimizer = table_optimizer(cfg.train.optimizer, lambda step: 0.01 / (1 + step))
   monkey = pytest.MonkeyPatch()
-  monkey.setattr(saved_rows, "learning_rate", lambda *_: lambda step: 0.01 / (1 + step))
+  monkey.setattr(base, "learning_rate", lambda *_: lambda step: 0.01 / (1 + step))
   cfg.run.directory.mkdir(parents=True)
   (cfg.run.directory / "config.yaml").write_text(cfg.to_yaml())
+  vocabulary = Vocabulary(tokenizer(), tokens, layout)
+  (cfg.run.directory / "tokenizer.json").write_text(vocabulary.tokenizer.to_str())
   states = trained(optimizer, layout, engram)
   with Checkpoints(cfg.run.directory / "checkpoints", keep=2) as checkpoints:
     for step, (tables, moments) in states.items():
       state = {"tables": tables, "row_optimizers": moments}
-      checkpoints.save(step, state, identity("0" * 64, tokens, layout, "1" * 64))
+      checkpoints.save(step, state, vocabulary.fingerprint("1" * 64))
   tables, moments = states[STEP]
   flushed = [optimizer.flush(t, s)[0] for t, s in zip(tables, moments, strict=True)]
   whole = lambda tables: [
@@ -72,7 +76,7 @@ def run(request, built, tmp_path_factory):
     tokens=tokens,
     tables=whole(flushed),
     saved=whole(tables),
-    lags=optimizer.lags,
+    lags=optimizer.is_lazy,
   )
   monkey.undo()
 
@@ -109,7 +113,7 @@ def rows_of(path, layout):
 
 @pytest.mark.parametrize("block_bytes", [16 << 20, 7 * 4 * 4], ids=["one block", "blocks of 7"])
 def test_f32_rows_are_the_checkpoints_bit_for_bit(run, tmp_path, monkeypatch, block_bytes):
-  monkeypatch.setattr(saved_rows, "BLOCK_BYTES", block_bytes)
+  monkeypatch.setattr(saved_run, "BLOCK_BYTES", block_bytes)
   code, out = call("table", "--run", run.path, "--to", tmp_path / "t", "--dtype", "f32", "--json")
   assert code == 0
   assert out.count("\n") == 1
@@ -159,8 +163,8 @@ def opened(run, step=STEP, width=None):
   if width:
     engram = cfg.model.engram.model_copy(update={"row_width": width})
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"engram": engram})})
-  with Checkpoints(run.path / "checkpoints", keep=None) as checkpoints:
-    digest = table_source(run.path, step, checkpoints)["digest"]
+  with load_run(run.path, step, print) as saved:
+    digest = table_source(saved)["digest"]
   weights = Weights(cfg.model, None, {}, {}, run.layout, run.tokens)
   return LoadedModel(cfg, step, weights, None, 0, run.path, digest)
 
@@ -284,9 +288,8 @@ def test_a_trained_run_converts_to_what_evaluation_reads(lab, tmp_path):
     meta = checkpoints.meta(24)
     layout = HashLayout.from_description(meta["hash_layout"])
     setup = make_setup(open_run(path), layout)
-    like = state_shapes(setup)
-    state = up_to_date(setup, checkpoints.restore(24, like, rows=logical_rows(layout)))
+    state = flush(setup, restore_state(checkpoints, 24, setup))
   with FileRows(tmp_path / "t") as store:
     store.require(layout, meta["token_map_digest"])
-  for got, table in zip(rows_of(tmp_path / "t", layout), state.tables, strict=True):
-    assert np.array_equal(got, np.asarray(table)[: len(got)])
+  for got, layer in zip(rows_of(tmp_path / "t", layout), layout.layers, strict=True):
+    assert np.array_equal(got, np.asarray(state.tables.tables[layer])[: len(got)])

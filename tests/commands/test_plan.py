@@ -78,16 +78,16 @@ def test_tables_show_parts_sums_rows_and_bytes(capsys):
 
 def test_bytes_are_those_of_the_training_state():
   cfg = load_config("configs/tiny.yaml", SMALL)
-  state = jax.eval_shape(lambda: init_state(make_setup(cfg), plan.table_layout(cfg.model)))
+  state = jax.eval_shape(lambda: init_state(make_setup(cfg, plan.table_layout(cfg.model))))
   found = plan.make_plan(cfg)["bytes"]
 
   def nbytes(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
   assert nbytes(state.params) == found["parameters"]
-  assert nbytes(state.tables) == found["tables"]
+  assert nbytes(state.tables.tables) == found["tables"]
   # Optimizers keep a few counters besides.
-  assert 0 < nbytes(state.row_optimizers) - found["table_optimizer"] < 64
+  assert 0 < nbytes(state.tables.optimizer) - found["table_optimizer"] < 64
   assert 0 < nbytes(state.optimizer) - found["optimizer"] < 64
 
 
@@ -95,7 +95,7 @@ def test_touched_rows_are_no_more_than_looked_up_and_no_more_than_there_are():
   tiny = load_config("configs/tiny.yaml", SMALL)
   few = load_config("configs/tiny.yaml", SMALL | {"model.engram.rows_per_head": 11})
   engram = tiny.model.engram
-  looked_up = len(engram.layers) * tiny.data.sequence_length * engram.columns
+  looked_up = len(engram.layers) * tiny.data.sequence_length * engram.hash_heads
   assert plan.make_plan(tiny)["bytes"]["table_gradients"] == 4 * looked_up * engram.row_width
   rows = sum(plan.make_plan(few)["rows"].values())
   assert plan.make_plan(few)["bytes"]["table_gradients"] == 4 * rows * engram.row_width

@@ -28,7 +28,7 @@ from engram_jax.errors import StorageError
 ROOT = pathlib.Path(engram_jax.__file__).parents[1]
 
 
-class TableOptimizer(NamedTuple):
+class RowState(NamedTuple):
   moment: jax.Array
   last_step: jax.Array
 
@@ -41,7 +41,7 @@ def make_state(seed: int = 0):
     "odd": jnp.array([np.nan, -0.0, np.inf, 1e-45], jnp.float32),
     "empty": jnp.zeros((0, 4)),
   }
-  rows = TableOptimizer(jax.random.normal(next(keys), (64, 8)), jnp.zeros(64, jnp.int32))
+  rows = RowState(jax.random.normal(next(keys), (64, 8)), jnp.zeros(64, jnp.int32))
   step = jnp.asarray(seed, jnp.int32)
   return params, optax.adam(1e-3).init(params), rows, {"step": step, "done": jnp.bool_(True)}
 

@@ -17,7 +17,7 @@ import pytest
 from engram_jax.config import Config, load_config
 from engram_jax.data import pipeline as data_pipeline
 from engram_jax.data.corpus import Corpus
-from engram_jax.data.packing import Windows
+from engram_jax.data.packing import PackedExamples
 from engram_jax.data.pipeline import Pipeline, Prepared, prepare
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.memory.hashing import hash_ids_numpy
@@ -77,9 +77,10 @@ def tiny_corpus(*documents: list[int]) -> Corpus:
 
 
 def test_a_window_by_hand():
-  windows = Windows(tiny_corpus([5, 6, 0], [7, 0], [8, 9, 4, 3, 0]), length=4, row_ids=None)
-  assert (len(windows), windows.with_tail) == (2, 3)
-  batch = windows(np.array([0, 1, 2]))
+  corpus = tiny_corpus([5, 6, 0], [7, 0], [8, 9, 4, 3, 0])
+  examples = PackedExamples(corpus, length=4, row_ids=None)
+  assert (len(examples), examples.with_tail) == (2, 3)
+  batch = examples(np.array([0, 1, 2]))
   expected = {
     "tokens": [[5, 6, 0, 7], [0, 8, 9, 4], [3, 0, 0, 0]],
     "targets": [[6, 0, 7, 0], [8, 9, 4, 3], [0, 0, 0, 0]],
@@ -104,7 +105,7 @@ def test_corpus_holds_every_document_once_and_ends_each(data, folder):
       ids = corpus.tokens[corpus.offsets[i] : corpus.offsets[i + 1]].tolist()
       assert ids.count(data.end_id) == 1
       assert ids[-1] == data.end_id
-      found.append(data.tokenizer.decode(ids))
+      found.append(data.vocabulary.tokenizer.decode(ids))
   assert sorted(found) == sorted(texts)
   assert data.sources == ("books", "web")
   assert data.training.tokens.dtype == np.uint16
@@ -132,7 +133,7 @@ def test_rows_are_the_hash_of_each_window_alone(data):
 
 def test_rows_cross_documents_only_when_told_to(data, folder):
   across = quiet(config(folder, **{"model.engram.reset_at_documents": False}))
-  assert across.layout == data.vocabulary.layout
+  assert across.vocabulary.layout == data.vocabulary.layout
   inside, over = (d.training_pipeline().batch_at(0) for d in (data, across))
   for name in NAMES:
     np.testing.assert_array_equal(inside[name], over[name])
@@ -163,12 +164,12 @@ def test_resuming_repeats_and_skips_nothing(data):
 
 
 def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(data):
-  windows = data.training_pipeline().examples
-  pipeline = Pipeline(windows, batch_size=1, seed=0)
-  in_order = windows(np.arange(len(windows)))["tokens"]
+  examples = data.training_pipeline().examples
+  pipeline = Pipeline(examples, batch_size=1, seed=0)
+  in_order = examples(np.arange(len(examples)))["tokens"]
   epochs = [
     np.concatenate(
-      [pipeline.batch_at(epoch * len(windows) + i)["tokens"] for i in range(len(windows))]
+      [pipeline.batch_at(epoch * len(examples) + i)["tokens"] for i in range(len(examples))]
     )
     for epoch in range(2)
   ]
@@ -178,19 +179,19 @@ def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(data):
 
 
 def test_seeds_do_not_share_orders(data):
-  windows = data.training_pipeline().examples
+  examples = data.training_pipeline().examples
   second_epoch, other_seed = (
-    [Pipeline(windows, 1, seed).batch_at(first + i)["tokens"] for i in range(20)]
-    for seed, first in ((0, len(windows)), (1, 0))
+    [Pipeline(examples, 1, seed).batch_at(first + i)["tokens"] for i in range(20)]
+    for seed, first in ((0, len(examples)), (1, 0))
   )
   assert (np.array(second_epoch) != np.array(other_seed)).any(axis=(1, 2)).mean() > 0.8
 
 
 def test_threads_change_nothing(data):
-  windows = data.training_pipeline().examples
+  examples = data.training_pipeline().examples
   with contextlib.ExitStack() as stack:
     one, four = (
-      stack.enter_context(contextlib.closing(Pipeline(windows, 4, 0, threads=n).iterate(5)))
+      stack.enter_context(contextlib.closing(Pipeline(examples, 4, 0, threads=n).iterate(5)))
       for n in (1, 4)
     )
     for _ in range(8):
@@ -198,19 +199,19 @@ def test_threads_change_nothing(data):
 
 
 def test_workers_change_nothing(data):
-  windows = data.training_pipeline().examples
-  plain = Pipeline(windows, 4, 0)
-  with contextlib.closing(Pipeline(windows, 4, 0, workers=1).iterate(7)) as batches:
+  examples = data.training_pipeline().examples
+  plain = Pipeline(examples, 4, 0)
+  with contextlib.closing(Pipeline(examples, 4, 0, workers=1).iterate(7)) as batches:
     for step in range(7, 10):
       batch = next(batches)
       assert_equal(batch, plain.batch_at(step))
       assert all(type(array) is np.ndarray for array in batch.values())
 
 
-@pytest.mark.parametrize("shares", [[slice(0, 2), slice(2, 4)], [[0, 3], [1], [2]], [[2, 0, 1, 3]]])
-def test_shares_of_a_batch_are_its_rows(data, shares):
+@pytest.mark.parametrize("slices", [[slice(0, 2), slice(2, 4)], [[0, 3], [1], [2]], [[2, 0, 1, 3]]])
+def test_slices_of_a_batch_are_its_rows(data, slices):
   pipeline = data.training_pipeline()
-  for rows in (rows if isinstance(rows, slice) else np.array(rows) for rows in shares):
+  for rows in (rows if isinstance(rows, slice) else np.array(rows) for rows in slices):
     with contextlib.closing(pipeline.iterate(5, rows)) as batches:
       for step in (5, 6):
         whole, part = pipeline.batch_at(step), next(batches)
@@ -219,10 +220,10 @@ def test_shares_of_a_batch_are_its_rows(data, shares):
         assert_equal(pipeline.batch_at(step, rows), expected)
 
 
-def test_workers_make_shares_too(data):
-  windows, rows = data.training_pipeline().examples, np.array([1, 3])
-  with contextlib.closing(Pipeline(windows, 4, 0, workers=1).iterate(7, rows)) as batches:
-    assert_equal(next(batches), Pipeline(windows, 4, 0).batch_at(7, rows))
+def test_workers_make_slices_too(data):
+  examples, rows = data.training_pipeline().examples, np.array([1, 3])
+  with contextlib.closing(Pipeline(examples, 4, 0, workers=1).iterate(7, rows)) as batches:
+    assert_equal(next(batches), Pipeline(examples, 4, 0).batch_at(7, rows))
 
 
 def test_closing_leaves_no_thread(data):
@@ -256,7 +257,7 @@ def test_a_second_start_reads_the_cache_alone(data, folder, monkeypatch):
 
   monkeypatch.setattr(data_pipeline.sources.files, "read_files", fail)
   again = quiet(config(folder))
-  assert again.tokenizer_digest == data.vocabulary.tokenizer_digest
+  assert again.vocabulary.tokenizer_digest == data.vocabulary.tokenizer_digest
   assert_equal(again.training_pipeline().batch_at(0), data.training_pipeline().batch_at(0))
   corpora = list((folder.parent / "cache" / "corpora").iterdir())
   assert not [path for path in corpora if path.name.startswith(".part-")]
@@ -271,7 +272,8 @@ cfg = load_config(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
 data = prepare(cfg, log=lambda line: None)
-print(data.vocabulary.tokenizer_digest, data.training.digest, data.vocabulary.compressor.digest, data.training.path)
+vocabulary, training = data.vocabulary, data.training
+print(vocabulary.tokenizer_digest, training.digest, vocabulary.compressor.digest, training.path)
 """
 
 
@@ -299,7 +301,7 @@ def test_the_order_of_files_and_lines_plays_no_part(data, folder, tmp_path):
   (copy / "a.jsonl").write_text("\n".join(reversed(lines)))
   (copy / "b.jsonl").write_text((folder / "books.jsonl").read_text())
   other = quiet(config(copy))
-  assert other.tokenizer_digest == data.vocabulary.tokenizer_digest
+  assert other.vocabulary.tokenizer_digest == data.vocabulary.tokenizer_digest
   np.testing.assert_array_equal(other.training.tokens, data.training.tokens)
 
 

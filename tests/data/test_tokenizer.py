@@ -12,7 +12,7 @@ from engram_jax.config import Config, DataConfig, load_config
 from engram_jax.data import tokenizer as data_tokenizer
 from engram_jax.data.corpus import is_validation, training_texts, unique
 from engram_jax.data.files import Document
-from engram_jax.data.vocabulary.tokenizer import (
+from engram_jax.data.tokenizer import (
   SPECIAL_TOKENS,
   end_of_text_id,
   load_or_train,

@@ -14,6 +14,9 @@ from engram_jax.aot.collectives import collectives, has_array_with_rows, makers
 from engram_jax.core.mesh import make_mesh
 from engram_jax.memory import exchange
 from engram_jax.memory.table import lookup, lookup_reference, padded_rows, table_sharding
+from engram_jax.tables.optimizers.adam import adam
+from engram_jax.tables.sharded import ShardedRows
+from engram_jax.tables.state import expand_rows
 
 C = 4
 MESHES = (
@@ -134,7 +137,7 @@ def test_rounds_follow_from_how_many_ids_there_are_and_not_from_where_they_lie()
   count = jax.jit(jax.shard_map(rounds, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
   random = np.random.default_rng(4)
   draw = lambda high: np.sort(random.integers(0, high, P * each).astype(np.int32))
-  needed = lambda wanted: -(-(wanted - p.slots) // p.overflow_slots)
+  needed = lambda requested: -(-(requested - p.slots) // p.overflow_slots)
   one = count(np.full(P * each, 9, np.int32))
   spread = count(random.permutation(draw(P * p.rows)))
   crowded = count(random.permutation(draw(p.rows)))
@@ -167,11 +170,11 @@ def program():
 
 
 def test_the_table_stays_where_it_is(program):
-  own = ROWS // 8
+  shard = ROWS // 8
   moved = collectives(program)
   assert {c.kind for c in moved} == {"all-to-all", "all-reduce"}
   assert all(array.dims == (8,) for c in moved if c.kind == "all-reduce" for array in c.shapes)
-  assert not any({ROWS, own} & set(array.dims) for c in moved for array in c.shapes)
+  assert not any({ROWS, shard} & set(array.dims) for c in moved for array in c.shapes)
   assert not has_array_with_rows(program, ROWS)
 
 
@@ -182,10 +185,6 @@ def test_little_more_travels_than_the_distinct_rows(program):
 
 
 def test_without_a_table_gradient_nothing_of_its_size_is_made():
-  from engram_jax.tables.optimizers.adam import adam
-  from engram_jax.tables.sharded import ShardedRows
-  from engram_jax.tables.state import expand_rows
-
   mesh = mesh_of(0)
   rows = ShardedRows(adam(0.1), mesh, (ROWS,), 1.25, jnp.float32)
   spread = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
@@ -208,5 +207,5 @@ def test_without_a_table_gradient_nothing_of_its_size_is_made():
   program = jax.jit(run, donate_argnums=(0, 1)).lower(table, state, ids, weights).compile()
   made = {i.opcode for i in makers(program.as_text(), ROWS // 8)}
   assert made <= {"scatter", "fusion"}, made  # written in place; a gradient would be a broadcast
-  own = (ROWS // 8) * (3 * WIDTH + 1) * 4
-  assert program.memory_analysis().temp_size_in_bytes < own / 2
+  shard_bytes = (ROWS // 8) * (3 * WIDTH + 1) * 4
+  assert program.memory_analysis().temp_size_in_bytes < shard_bytes / 2

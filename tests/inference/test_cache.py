@@ -28,7 +28,7 @@ from engram_jax.inference.stores.host import HostRows
 from engram_jax.inference.stores.write import write_table_file
 from engram_jax.memory.compress import TokenCompressor
 from engram_jax.memory.hash_layout import HashLayout
-from engram_jax.training.sample import row_ids
+from engram_jax.memory.vocabulary import stacked_row_ids
 
 WIDTH = 8
 LAYOUT = HashLayout.build("engram", [1, 3], [101, 103], 3, 2, 200, 2)
@@ -272,7 +272,7 @@ def test_device_caches_refuse_what_the_store_refuses(store):
 
 def test_rows_sent_to_a_decoder_are_the_same_with_caches(store):
   tokens_BT = np.random.default_rng(0).integers(0, 200, (2, 12))
-  hot = hot_ids(count_ids([row_ids(LAYOUT, TOKENS, tokens_BT[:, :6])], LAYERS), 20)
+  hot = hot_ids(count_ids([stacked_row_ids(LAYOUT, TOKENS, tokens_BT[:, :6])], LAYERS), 20)
   cached = DeviceCache(HostCache(store, 4096), hot)
   step = (tokens_BT, np.array([12, 9]), np.full((2, 2), 2))
   with StoreRows(store, TOKENS) as plain, StoreRows(cached, TOKENS, deadline=30) as through:

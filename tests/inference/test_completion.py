@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram_jax.data.vocabulary.tokenizer import train_bpe
+from engram_jax.data.tokenizer import train_bpe
 from engram_jax.inference.completion import TextStream
 
 TOKENIZER = train_bpe(iter(["the thesis of the théâtre: 日本語 🙂 and the end"] * 3), 290)

@@ -77,7 +77,7 @@ def test_tokens_are_those_of_tables_on_the_device(
     there = decoder.with_source(rows)
     assert np.stack(list(continuations(there, PROMPTS, HOW, 6)), axis=1).tolist() == said
     seen = rows.telemetry.as_dict()
-  layers, columns = len(store.layers), speaker.weights.layout.columns
+  layers, columns = len(store.layers), speaker.weights.layout.hash_heads
   passes = 2 + 5  # two chunks of prompts, then every token but the last
   assert seen["fetches"] == layers * passes
   assert seen["rows"] == layers * columns * (2 * 8 + 2 * 8 + 5 * 2)

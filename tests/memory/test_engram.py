@@ -249,7 +249,7 @@ def test_parameters_are_the_ones_named():
 
 def test_rows_by_column_are_taken_too():
   engram, hidden, rows = small()
-  by_column = rows.reshape(B, T, engram.cfg.columns, -1)
+  by_column = rows.reshape(B, T, engram.cfg.hash_heads, -1)
   np.testing.assert_array_equal(run(engram, hidden, by_column)[0], run(engram, hidden, rows)[0])
 
 

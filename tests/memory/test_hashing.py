@@ -42,7 +42,7 @@ def hash_ids_plain(layout, layer, ids, segments=None, history=None, mask=None):
       return False
     return i == 0 or layout.dialect != "qwen_ple" or text[b, t - i] != layout.pad_id
 
-  out = np.empty((B, T, layout.columns), np.int32)
+  out = np.empty((B, T, layout.hash_heads), np.int32)
   for b, t in np.ndindex(B, T):
     steps = range(layout.max_ngram)
     reached = list(itertools.takewhile(lambda i, b=b, t=t: reads(b, H + t, i), steps))

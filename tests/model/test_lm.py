@@ -196,7 +196,7 @@ def test_a_tied_head_is_the_embedding():
 
 def test_bfloat16_and_rows_per_column_are_near_float32(model):
   graphdef, _, _ = random_model(CFG.model_copy(update={"dtype": "bfloat16"}))
-  columns = tuple(array.reshape(T, T, CFG.engram.columns, -1) for array in ROWS)
+  columns = tuple(array.reshape(T, T, CFG.engram.hash_heads, -1) for array in ROWS)
   hidden, logits, probes = forward(graphdef, *model[1:], TOKENS, columns)
   want, _, _ = run(model)
   assert hidden.dtype == probes["hidden"][0].dtype == jnp.bfloat16

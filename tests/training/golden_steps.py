@@ -70,7 +70,7 @@ def batch(step: int, layout) -> dict[str, np.ndarray]:
   """Random tokens; row ids of a pool that two steps share, so that some rows are missed once."""
   random, pool = np.random.default_rng(step), np.random.default_rng(step // 2)
   tokens = random.integers(0, V, (B, T + 1)).astype(np.int32)
-  shape = (B, T, layout.columns)
+  shape = (B, T, layout.hash_heads)
   rows = [random.choice(pool.integers(0, layout.rows[n], 300), shape) for n in layout.layers]
   return {
     "tokens": tokens[:, :-1],

@@ -17,13 +17,11 @@ from engram_jax.core.run_directory import CHECKPOINTS, open_run
 from engram_jax.data.pipeline import prepare
 from engram_jax.inference.completion import encode
 from engram_jax.inference.decoder import Decoder, continuations
-from engram_jax.inference.load import Rows, load_model
+from engram_jax.inference.load import PlacementArgs, load_model
 from engram_jax.inference.sampling import Sampling
 from engram_jax.serve.engine import Engine
 from engram_jax.serve.request import Done, Job, Token
-from engram_jax.training.host import saved
-from engram_jax.training.host.host_rows import HostRows
-from engram_jax.training.state import make_setup
+from engram_jax.training.state import make_setup, restore_state, save_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 OLD = pathlib.Path("tests/golden/old_runs")  # their configs name the text by this path
@@ -57,16 +55,16 @@ def test_a_run_goes_on_with_the_losses_it_had(old, lab):
 def test_a_state_comes_back_and_is_saved_again_bit_for_bit(old, tmp_path):
   name, run = old
   cfg = open_run(run)
+  cfg = cfg.model_copy(update={"run": cfg.run.model_copy(update={"root": str(tmp_path)})})
   data = prepare(cfg, lambda _: None)
   setup = make_setup(cfg, data.vocabulary.layout, make_mesh({}, jax.devices()[:1]))
-  on_host = HostRows(setup, data.vocabulary.layout, tmp_path) if name == "host" else None
   with (
-    contextlib.nullcontext() if on_host is None else on_host,
+    setup.tables,
     Checkpoints(run / CHECKPOINTS, keep=None) as before,
     Checkpoints(tmp_path / "again", keep=1) as after,
   ):
-    state = saved.restore(before, STEP, setup, data.vocabulary.layout, on_host)
-    saved.save(after, STEP, state, before.meta(STEP), on_host)
+    state = restore_state(before, STEP, setup)
+    save_state(after, STEP, setup, state, before.meta(STEP))
     assert tree(before) == tree(after) == EXPECTED[name]["sha256"].keys()
     for path, sha256 in EXPECTED[name]["sha256"].items():
       assert hashlib.sha256(after.open_array(STEP, path).read().tobytes()).hexdigest() == sha256
@@ -89,13 +87,13 @@ def test_a_run_evaluates_to_what_it_did(old, lab):
 
 def test_a_run_serves(old, quick):
   _, run = old
-  opened = load_model(run, None, lambda _: None)
+  loaded = load_model(run, None, lambda _: None)
   with contextlib.ExitStack() as stack:
-    source = opened.source(stack, Rows(placement="host"))
-    decoder = Decoder(opened.weights, source, 32)
-    (prompt,) = encode(opened.tokenizer, ["The row"])
+    source = loaded.source(stack, PlacementArgs(placement="host"))
+    decoder = Decoder(loaded.weights, source, 32)
+    (prompt,) = encode(loaded.tokenizer, ["The row"])
     expected = [int(t[0]) for t in continuations(decoder, [prompt], [Sampling()], 4)]
-    engine = stack.enter_context(Engine(decoder, opened.tokenizer, slots=2))
+    engine = stack.enter_context(Engine(decoder, loaded.tokenizer, slots=2))
     events: queue.SimpleQueue = queue.SimpleQueue()
     engine.submit([Job(tuple(prompt), 4, Sampling())], lambda _, event: events.put(event))
     tokens = []

@@ -1,6 +1,8 @@
 """Continuations: greedy ones are the full forward's argmax, whatever else is in the batch."""
 
-import types
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,48 +14,49 @@ from engram_jax.config import load_config
 from engram_jax.errors import ConfigError
 from engram_jax.inference.completion import encode
 from engram_jax.memory.compress import TokenCompressor
-from engram_jax.memory.hashing import HashLayout
+from engram_jax.memory.hash_layout import HashLayout
 from engram_jax.memory.table import lookup
-from engram_jax.training.sample import complete, generate, make_next_logits, row_ids
-from engram_jax.training.state import init_state, make_setup
+from engram_jax.memory.vocabulary import Vocabulary
+from engram_jax.training.sample import complete, generate, make_next_logits
+from engram_jax.training.state import TrainSetup, TrainState, init_state, make_setup
 
 PROMPTS = ([5, 6, 7], [40, 41, 42, 43, 44, 45, 46, 47, 48], [299])
+
+
+class Speaker(NamedTuple):
+  """A model that continues prompts."""
+
+  setup: TrainSetup
+  state: TrainState
+  vocabulary: Vocabulary
+  next_logits: Callable[..., jax.Array]
+
+  def speak(self, prompts: Sequence[Sequence[int]], max_new: int = 5, **options) -> list[list[int]]:
+    return generate(
+      self.next_logits, self.setup, self.state, self.vocabulary, prompts, max_new, **options
+    )
 
 
 @pytest.fixture(scope="module")
 def speaker(lab):
   """A model with large random parameters, so that its choices are clear and differ."""
   cfg = load_config(lab.config, {"model.init_std": 0.5})
-  engram = cfg.model.engram
   compressor = TokenCompressor.identity(cfg.model.vocab_size)
-  layout = HashLayout.build(
-    engram.dialect,
-    engram.layers,
-    engram.rows_per_head,
-    engram.max_ngram,
-    engram.heads,
-    compressor.size,
-    engram.pad_id,
-    engram.seed,
-  )
-  setup = make_setup(cfg)
-  state = init_state(setup)
-  next_logits = make_next_logits(setup.graphdef, cfg.model)
+  layout = HashLayout.of(cfg.model.engram, compressor)
+  setup = make_setup(cfg, layout)
+  vocabulary = Vocabulary(word_tokenizer(), compressor, layout)
+  return Speaker(setup, init_state(setup), vocabulary, make_next_logits(setup))
 
-  def speak(prompts, max_new=5, **options):
-    return generate(
-      next_logits,
-      state,
-      prompts,
-      layout=layout,
-      compressor=compressor,
-      max_new=max_new,
-      **options,
-    )
 
-  return types.SimpleNamespace(
-    cfg=cfg, setup=setup, state=state, layout=layout, compressor=compressor, speak=speak
+def word_tokenizer() -> tokenizers.Tokenizer:
+  """Encodes the words "a" and "b", with a token before them that training text has not."""
+  pieces = {"a": 5, "b": 6, "<s>": 7, "<unk>": 0}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(pieces, unk_token="<unk>"))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", 7)]
   )
+  return tokenizer
 
 
 def test_greedy_is_the_argmax_of_the_full_forward(speaker):
@@ -61,39 +64,32 @@ def test_greedy_is_the_argmax_of_the_full_forward(speaker):
   prompt = list(PROMPTS[1])
   new = speaker.speak([prompt], max_new=6)[0]
   tokens_BT = np.array([prompt + new])
-  ids = row_ids(speaker.layout, speaker.compressor, tokens_BT)
+  (ids_BTJ,) = speaker.vocabulary.row_ids(tokens_BT)
 
   @jax.jit
-  def choices(state, tokens_BT, ids):
-    rows = lookup(state.tables[0], ids[0]).reshape(*tokens_BT.shape, -1)
+  def choices(state, tokens_BT, ids_BTJ):
+    rows_BTM = lookup(state.tables.tables[1], ids_BTJ).reshape(*tokens_BT.shape, -1)
     model = speaker.setup.model(state.params, state.biases)
-    hidden_BTD, _ = model(tokens_BT, (rows,))
+    hidden_BTD, _ = model(tokens_BT, (rows_BTM,))
     return model.logits(hidden_BTD).argmax(-1)
 
-  chosen_T = np.asarray(choices(speaker.state, tokens_BT, ids))[0]
+  chosen_T = np.asarray(choices(speaker.state, tokens_BT, ids_BTJ))[0]
   assert new == chosen_T[len(prompt) - 1 : -1].tolist()
 
 
 def test_prompts_are_tokenised_as_text_was_for_training(speaker):
   """Whatever a tokenizer would put around them; in both forms of generation."""
-  pieces = {"a": 5, "b": 6, "<s>": 7, "<unk>": 0}
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(pieces, unk_token="<unk>"))
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-    single="<s> $A", special_tokens=[("<s>", 7)]
-  )
+  tokenizer = speaker.vocabulary.tokenizer
   assert tokenizer.encode("a b").ids == [7, 5, 6]
   assert encode(tokenizer, ["a b", "b"]) == [[5, 6], [6]]
   read = []
 
-  def next_logits(params, biases, tables, tokens_BT, ids, last_B):
+  def next_logits(params, biases, rows, tokens_BT, last_B):
     read.append(tokens_BT[0, : int(last_B[0]) + 1].tolist())
     return jax.nn.one_hot(jnp.array([5]), 300)
 
-  data = types.SimpleNamespace(
-    tokenizer=tokenizer, compressor=speaker.compressor, layout=None, eos_id=0
-  )
-  assert complete(next_logits, speaker.state, data, ["a b"], 1) == ["a"]
+  said = complete(next_logits, *speaker[:3], ["a b"], 1, end_id=0)
+  assert said == ["a"]
   assert read == [[5, 6]]
 
 
@@ -103,10 +99,10 @@ def test_a_batch_of_prompts_says_what_each_says_alone(speaker):
   assert len({tuple(new) for new in together}) > 1
 
 
-def test_a_prompt_ends_at_the_stop_id_and_the_others_go_on(speaker):
+def test_a_prompt_ends_at_the_end_id_and_the_others_go_on(speaker):
   free = speaker.speak(PROMPTS)
   stop = free[0][2]
-  stopped = speaker.speak(PROMPTS, stop_id=stop)
+  stopped = speaker.speak(PROMPTS, end_id=stop)
   cut = [new[: new.index(stop)] if stop in new else new for new in free]
   assert stopped == cut
 
@@ -118,25 +114,12 @@ def test_sampling_follows_its_seed(speaker):
 
 
 def test_ids_that_a_smaller_tokenizer_has_not_are_never_chosen(speaker):
-  setup, state = speaker.setup, speaker.state
-  new = generate(
-    make_next_logits(setup.graphdef, speaker.cfg.model),
-    state,
-    [[3, 4]],
-    layout=None,
-    compressor=TokenCompressor.identity(10),
-    max_new=0,
-  )
-  assert new == [[]]
+  small = dataclasses.replace(speaker.vocabulary, compressor=TokenCompressor.identity(10))
+  speaker = speaker._replace(vocabulary=small)
+  assert speaker.speak([[3, 4]], max_new=0) == [[]]
   logits_BV = jax.nn.one_hot(jnp.array([299]), 300)
-  new = generate(
-    lambda *_: logits_BV,
-    state,
-    [[3, 4]],
-    layout=None,
-    compressor=TokenCompressor.identity(10),
-    max_new=3,
-    temperature=1.0,
+  new = speaker._replace(next_logits=lambda *_: logits_BV).speak(
+    [[3, 4]], max_new=3, temperature=1.0
   )
   assert max(new[0]) < 10
 

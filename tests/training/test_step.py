@@ -8,17 +8,19 @@ import pytest
 
 from engram_jax.config import load_config
 from engram_jax.data.pipeline import prepare
-from engram_jax.training.evaluate import make_eval_step
+from engram_jax.training.evaluate import evaluate, make_eval_step
 from engram_jax.training.state import init_state
 from engram_jax.training.step import make_train_step
+
+LAYER = 1  # the one with a memory
 
 
 @pytest.fixture(scope="module")
 def world(lab):
-  """TrainSetup, prepared data, compiled step, and the state after two steps (moments are not zero)."""
+  """Setup, prepared data, compiled step, and the state after two steps (moments are not zero)."""
   cfg = load_config(lab.config)
   data = prepare(cfg, lambda line: None)
-  setup = lab.train.make_setup(cfg)
+  setup = lab.train.make_setup(cfg, data.vocabulary.layout)
   step = lab.train.make_train_step(setup)
   state = init_state(setup)
   for i in range(2):
@@ -30,8 +32,8 @@ def batch_at(data, step: int) -> dict:
   return data.training_pipeline().batch_at(step)
 
 
-def own(state):
-  """A copy that may be donated."""
+def copy_of(state):
+  """A copy of a tree of arrays, which may be donated."""
   return jax.tree.map(jnp.copy, state)
 
 
@@ -51,16 +53,16 @@ def assert_only_counters_moved(before, after, nonfinite_streak: int) -> None:
 def test_a_step_moves_every_matrix_and_only_the_touched_rows(world):
   _, data, step, state = world
   batch = batch_at(data, 2)
-  new, metrics = step(own(state), batch)
+  new, metrics = step(copy_of(state), batch)
   still = jax.tree.map(lambda a, b: bool((a == b).all()), state.params, new.params)
   stayed = {jax.tree_util.keystr(path) for path, s in jax.tree.leaves_with_path(still) if s}
   # Mixing the streams changes nothing where they are still copies of one another, nor in the last
   # block, after which they are averaged: there the gradient is zero up to rounding.
   assert all("_res']" in path for path in stayed), stayed
   touched = np.unique(batch["row_ids"][0])
-  moved = np.flatnonzero((np.asarray(state.tables[0]) != np.asarray(new.tables[0])).any(-1))
-  np.testing.assert_array_equal(moved, touched)
-  before, after = state.row_optimizers[0], new.row_optimizers[0]
+  before, after = (np.asarray(s.tables.tables[LAYER]) for s in (state, new))
+  np.testing.assert_array_equal(np.flatnonzero((before != after).any(-1)), touched)
+  before, after = (s.tables.optimizer[LAYER] for s in (state, new))
   counted = np.flatnonzero(np.asarray(after.touched_R) - np.asarray(before.touched_R))
   np.testing.assert_array_equal(counted, touched)
   for old, now in ((before.mu_RC, after.mu_RC), (before.nu_RC, after.nu_RC)):
@@ -76,20 +78,22 @@ def test_a_value_that_is_not_finite_changes_only_the_counters(world, place, valu
   batch = batch_at(data, 2)
   if place == "row":
     row = int(batch["row_ids"][0, 0, 0, 0])
-    poisoned = own(state)._replace(tables=(state.tables[0].at[row].set(value),))
+    table = state.tables.tables[LAYER].at[row].set(value)
+    tables = copy_of(state.tables)._replace(tables={LAYER: table})
+    poisoned = copy_of(state)._replace(tables=tables)
   else:
-    leaves, tree = jax.tree.flatten(own(state.params))
+    leaves, tree = jax.tree.flatten(copy_of(state.params))
     largest = max(range(len(leaves)), key=lambda i: leaves[i].size)
     leaves[largest] = leaves[largest].at[:].set(value)
-    poisoned = own(state)._replace(params=jax.tree.unflatten(tree, leaves))
-  after, metrics = step(own(poisoned), batch)
+    poisoned = copy_of(state)._replace(params=jax.tree.unflatten(tree, leaves))
+  after, metrics = step(copy_of(poisoned), batch)
   assert_only_counters_moved(poisoned, after, nonfinite_streak=1)
   assert int(metrics["nonfinite_total"]) == 1
 
 
 def test_the_count_in_a_row_starts_again_after_a_good_step(world):
   _, data, step, state = world
-  state = own(state)._replace(nonfinite_streak=jnp.int32(7), nonfinite_total=jnp.int32(9))
+  state = copy_of(state)._replace(nonfinite_streak=jnp.int32(7), nonfinite_total=jnp.int32(9))
   after, _ = step(state, batch_at(data, 2))
   assert (int(after.nonfinite_streak), int(after.nonfinite_total)) == (0, 9)
 
@@ -100,15 +104,15 @@ def test_masked_targets_do_not_count(world):
   masked = batch | {"mask": np.array(batch["mask"])}
   masked["mask"][0] = False
   changed = masked | {"targets": np.where(masked["mask"], masked["targets"], 7)}
-  one, metrics = step(own(state), masked)
-  two, _ = step(own(state), changed)
+  one, metrics = step(copy_of(state), masked)
+  two, _ = step(copy_of(state), changed)
   chex.assert_trees_all_equal(one, two)
   assert int(metrics["tokens"]) == masked["mask"].sum()
 
 
 def test_a_step_is_a_function_of_state_and_batch(world):
   _, data, step, state = world
-  one, two = (step(own(state), batch_at(data, 5))[0] for _ in range(2))
+  one, two = (step(copy_of(state), batch_at(data, 5))[0] for _ in range(2))
   chex.assert_trees_all_equal(one, two)
 
 
@@ -120,8 +124,8 @@ def test_micro_batches_add_up_to_the_whole_batch(world):
     batch = batch_at(data, i)
     batch = batch | {"mask": np.array(batch["mask"])}
     batch["mask"][0, 8:] = False  # the halves have different numbers of targets
-    one, whole = step(own(state), batch)
-    two, halves = parts(own(state), batch)
+    one, whole = step(copy_of(state), batch)
+    two, halves = parts(copy_of(state), batch)
     chex.assert_trees_all_close(halves, whole, rtol=5e-4, atol=1e-6)
     chex.assert_trees_all_close(two.params, one.params, atol=1e-5)
     chex.assert_trees_all_close(two.tables, one.tables, atol=1e-5)
@@ -131,18 +135,32 @@ def test_micro_batches_add_up_to_the_whole_batch(world):
 
 def test_memory_off_is_a_table_of_zeros(world):
   setup, data, _, state = world
-  batch = batch_at(data, 2)
-  on = make_eval_step(setup)
-  off = make_eval_step(setup, memory=False)(state.params, state.biases, state.tables, batch)
-  zeros = jax.tree.map(jnp.zeros_like, state.tables)
-  np.testing.assert_array_equal(off, on(state.params, state.biases, zeros, batch))
-  assert not np.array_equal(off, on(state.params, state.biases, state.tables, batch))
+  step, batch = make_eval_step(setup), batch_at(data, 2)
+  zeros = jax.tree.map(jnp.zeros_like, state.tables.tables)
+  zeroed = state._replace(tables=state.tables._replace(tables=zeros))
+
+  def losses(state, memory):
+    """The losses [B, T] of the step that `evaluate` takes."""
+    seen = []
+
+    def seen_step(*args):
+      seen.append(step(*args))
+      return seen[-1]
+
+    evaluate(seen_step, setup, state, [batch], data.token_bytes, data.sources, memory=memory)
+    (nll_BT,) = seen
+    return np.asarray(nll_BT)
+
+  off = losses(state, memory=False)
+  np.testing.assert_array_equal(off, losses(zeroed, memory=True))
+  assert not np.array_equal(off, losses(state, memory=True))
 
 
 def test_training_and_evaluation_agree_on_the_loss(world):
   setup, data, step, state = world
   batch = batch_at(data, 2)
-  nll_BT = make_eval_step(setup)(state.params, state.biases, state.tables, batch)
+  rows = setup.tables.lookup(state.tables, setup.tables.batch_ids(batch))
+  nll_BT = make_eval_step(setup)(state.params, state.biases, tuple(rows.values()), batch)
   mean = float(nll_BT.sum()) / batch["mask"].sum()
-  _, metrics = step(own(state), batch)
+  _, metrics = step(copy_of(state), batch)
   assert float(metrics["loss"]) == pytest.approx(mean, rel=1e-5)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 import engram_jax
@@ -232,6 +233,34 @@ def test_a_folder_that_died_before_its_config_was_written_can_be_used(lab, whole
   assert numbers(run) == numbers(whole[0])
 
 
+# --- compilation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("placement", "table"),
+  [
+    ("device", "adam"),
+    ("host", "adam"),
+    pytest.param("device", "adam_catch_up", marks=pytest.mark.slow),
+    pytest.param("host", "adam_catch_up", marks=pytest.mark.slow),
+  ],
+)
+def test_the_step_is_compiled_once_by_a_new_run_and_once_by_one_that_resumes(
+  lab, tmp_path, at_step, caplog, placement, table
+):
+  words = ("--model.engram.placement", placement, "--train.optimizer.table", table)
+  words += ("--train.steps", 6, "--train.eval_every", 2)  # an evaluation in each, between steps
+  at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+  for code in (75, 0):
+    caplog.clear()
+    with jax.log_compiles():
+      done = lab.unshared().training(tmp_path, *words)
+    assert done.code == code, done.err
+    said = [record.getMessage() for record in caplog.records]
+    assert sum(text.startswith("Compiling jit(step) ") for text in said) == 1
+    assert any(text.startswith("Compiling jit(eval_step) ") for text in said)
+
+
 # --- numbers that are not ---------------------------------------------------------------------
 
 
@@ -309,7 +338,7 @@ def test_a_config_file_that_is_missing_or_mistyped_is_refused(lab, tmp_path):
   [
     ([], 0, "plan"),
     (["--help"], 0, "plan"),
-    (["plam"], 2, "no command 'plam'; there are: convert, "),
+    (["plam"], 2, "no command 'plam'; there are: train, eval, convert, "),
   ],
 )
 def test_the_commands_are_listed_and_a_wrong_one_refused(lab, words, code, said):

@@ -6,11 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from engram_jax.config import load_config
 from engram_jax.core import manifest
 from engram_jax.core.checkpoint import Checkpoints
-from engram_jax.memory.hashing import HashLayout
-from engram_jax.training.saved_rows import saved_rows
+from engram_jax.tables.saved_run import load_run
 
 QUICK = ("--train.steps", 2, "--train.sample_tokens", 0)
 
@@ -21,11 +19,6 @@ def saved(run, step):
     tree = manifest.read(checkpoints.folder(step))["tree"]
     parts = ("params/", "biases/", "tables/")
     return {p: checkpoints.open_array(step, p).read() for p in tree if p.startswith(parts)}
-
-
-def meta(run, step):
-  with Checkpoints(run / "checkpoints", keep=None) as checkpoints:
-    return checkpoints.meta(step)
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +83,8 @@ def test_the_sources_tables_may_lie_anywhere_and_be_rounded(lab, still, tmp_path
     assert done.code == 0, done.err
   assert "is finished" in done.err
   old, new = saved(there, 2), saved(tmp_path / "here", 2)
-  cfg = load_config(there / "config.yaml")
-  layout = HashLayout.from_description(meta(there, 2)["hash_layout"])
-  with Checkpoints(there / "checkpoints", keep=None) as checkpoints:
-    rows = np.concatenate(list(saved_rows(checkpoints, 2, cfg, layout, 1)))
+  with load_run(there, 2, print) as run:
+    rows = np.concatenate(list(run.rows(1)))
   np.testing.assert_array_equal(new["tables/0"][: len(rows)], rows.astype("bfloat16"))
   assert rows.any()
   for path, value in old.items():
@@ -109,7 +100,7 @@ def test_rounding_is_said(lab, still, tmp_path):
 
 def test_a_run_that_goes_on_reads_its_own_checkpoint(lab, without, tmp_path):
   """The source may be gone by then."""
-  words = ("--run.name", "own", "--train.init_from", without, *QUICK)
+  words = ("--run.name", "resumed", "--train.init_from", without, *QUICK)
   assert lab.training(tmp_path, *words).code == 0
   moved = without.rename(without.with_name("gone"))
   try:

@@ -73,7 +73,7 @@ def adam_catch_up(
     )
 
   def move_UC(step_U: jax.Array, mu_UC: jax.Array, nu_UC: jax.Array) -> jax.Array:
-    """What the 1-based step `step_U` subtracts from rows whose moments are these after it."""
+    """The amount that the 1-based step `step_U` subtracts; the moments are those after it."""
     step_U1 = step_U[:, None]
     mean_UC = mu_UC / (1 - b1**step_U1)
     square_UC = nu_UC / (1 - b2**step_U1)

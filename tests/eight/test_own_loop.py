@@ -1,0 +1,9 @@
+"""The loop of docs/own_loop.md, run as it stands on eight devices."""
+
+import own_loop_checks
+
+from engram_jax.core.mesh import make_mesh
+
+
+def test_a_memory_in_another_model_and_loop(quick):
+  own_loop_checks.check(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))

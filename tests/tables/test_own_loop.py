@@ -1,0 +1,10 @@
+"""The loop of docs/own_loop.md, run as it stands on one device."""
+
+import jax
+import own_loop_checks
+
+from engram_jax.core.mesh import make_mesh
+
+
+def test_a_memory_in_another_model_and_loop(quick):
+  own_loop_checks.check(make_mesh({}, jax.devices()[:1]))
