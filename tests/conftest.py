@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 import engram_jax
 from engram_jax.cli import run_command
 from engram_jax.config import Config, RunConfig
-from engram_jax.memory.hashing import HashLayout
+from engram_jax.memory.hash_layout import HashLayout
 
 ROOT = pathlib.Path(engram_jax.__file__).parents[1]
 TEXTS = ("bisect", "copy", "dis", "heapq")  # modules of the standard library, read as text

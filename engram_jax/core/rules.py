@@ -1,7 +1,7 @@
 """Shardings by rule: a parameter's path says which mesh axes divide it.
 
 A rule pairs a pattern of paths with one word per array axis, whose letters are mesh axes. The
-tables of rules belong to those who make the parameters (model/sharding.py).
+table of the model's rules is model/params.py.
 """
 
 import re
@@ -70,6 +70,24 @@ def path_name(path: Any) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
+def find_rule(name: str, shape: tuple[int, ...], rules: Sequence[Any], where: str) -> Any:
+  """The first rule whose pattern matches the end of a path, at a key's beginning.
+
+  where: holds the rules, for messages.
+
+  Raises ValueError where there is none, or one with another number of axes than the array has.
+  """
+  rule = next((rule for rule in rules if re.fullmatch(rf"(.*/)?({rule.pattern})", name)), None)
+  if rule is None:
+    raise ValueError(f"no rule names parameter {name!r} of shape {shape}: add one to {where}")
+  words = rule.axes.split()
+  if words and len(words) != len(shape):
+    raise ValueError(
+      f"parameter {name!r} of shape {shape} has {len(shape)} axes, but its rule reads {rule.axes!r}"
+    )
+  return rule
+
+
 def _check(rule: Rule) -> None:
   letters = [letter for word in rule.axes.split() for letter in word if word != WHOLE]
   for letter in letters:
@@ -86,17 +104,8 @@ def _check(rule: Rule) -> None:
 
 
 def _spec(name: str, shape: tuple[int, ...], rules: Sequence[Rule], mesh: Mesh) -> PartitionSpec:
-  rule = next((rule for rule in rules if re.fullmatch(rf"(.*/)?({rule.pattern})", name)), None)
-  if rule is None:
-    raise ValueError(
-      f"no sharding rule names parameter {name!r} of shape {shape}: add one to its table of rules"
-    )
+  rule = find_rule(name, shape, rules, "its table of rules")
   words = rule.axes.split()
-  if words and len(words) != len(shape):
-    raise ValueError(
-      f"parameter {name!r} of shape {shape} has {len(shape)} axes, "
-      f"but its sharding rule reads {rule.axes!r}"
-    )
   return PartitionSpec(
     *(_dividing(word, size, mesh) for word, size in zip(words, shape, strict=False))
   )

@@ -28,6 +28,7 @@ from engram_jax.interop.memory import (
   MAX_VOCAB,
   Memory,
   Table,
+  hash_layout,
   module_config,
   parsed,
   require_equal,
@@ -36,7 +37,6 @@ from engram_jax.interop.memory import (
 from engram_jax.interop.writer import Source
 from engram_jax.memory.codecs import encode
 from engram_jax.memory.compress import TokenCompressor
-from engram_jax.memory.hash_layout import HashLayout
 
 KIND = "deepseek_v41"
 BLOCK = 32
@@ -82,7 +82,7 @@ def open_memory(folder: Folder) -> Memory:
   stored = fields.engram_compressed_vocab_size
   require_equal(folder.path, "engram_compressed_vocab_size", stored, compressor.size)
   cfg = _module_config(folder, fields)
-  layout = HashLayout.of(cfg, compressor, str(folder.path))
+  layout = hash_layout(folder, cfg, compressor)
   rebuilt = [layout.rows[layer] for layer in layout.layers]
   require_equal(folder.path, "engram_num_embeddings", fields.engram_num_embeddings, rebuilt)
   D, G = fields.hidden_size, fields.hc_mult

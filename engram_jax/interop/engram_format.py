@@ -95,7 +95,10 @@ def verified_layout(
   tokenizer = folder.tokenizer(cfg.model.vocab_size)
   digest = tokenizer_digest(tokenizer)
   require_equal(folder.path, "tokenizer_digest", meaning.get("tokenizer_digest"), digest)
-  vocabulary = Vocabulary.build(cfg.model, tokenizer)
+  try:
+    vocabulary = Vocabulary.build(cfg.model, tokenizer)
+  except ConfigError as error:
+    raise ConfigError(f"{folder.path}: {error}") from None
   compressor, layout = vocabulary.compressor, vocabulary.layout
   require_equal(folder.path, "token_map_digest", meaning.get("token_map_digest"), compressor.digest)
   if layout is None:

@@ -136,3 +136,12 @@ def module_config(folder: Folder, **fields: object) -> EngramConfig:
     return EngramConfig(bias=False, gate="signed_sqrt", **fields)
   except pydantic.ValidationError as error:
     raise ConfigError(explain(error, str(folder.path))) from None
+
+
+def hash_layout(folder: Folder, cfg: EngramConfig, compressor: TokenCompressor) -> HashLayout:
+  """The hash constants, rebuilt; ConfigError where there can be none."""
+  if cfg.pad_id >= compressor.table.size:
+    raise ConfigError(
+      f"{folder.path}: pad id {cfg.pad_id} is outside the {compressor.table.size:,} token ids"
+    )
+  return HashLayout.of(cfg, compressor, str(folder.path))

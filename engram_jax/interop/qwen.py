@@ -29,6 +29,7 @@ from engram_jax.interop.memory import (
   MAX_VOCAB,
   Memory,
   Table,
+  hash_layout,
   module_config,
   parsed,
   require_equal,
@@ -80,7 +81,7 @@ def open_memory(folder: Folder) -> Memory:
   tokenizer = folder.tokenizer(fields.vocab_size)
   compressor = TokenCompressor.identity(fields.vocab_size)
   cfg = _module_config(folder, fields)
-  layout = HashLayout.of(cfg, compressor, str(folder.path))
+  layout = hash_layout(folder, cfg, compressor)
   layer = layout.layers[0]
   _check_constants(folder, layer, layout)
   D, G = fields.hidden_size, fields.hc_count

@@ -16,16 +16,16 @@ from jax.sharding import Mesh
 from engram_jax.config import ModelConfig
 from engram_jax.core.mesh import batch_shards, compute_dtype, platform
 from engram_jax.model.block import Block
-from engram_jax.model.layers import rms_norm
-from engram_jax.model.router import ROUTING, RouterBias
-from engram_jax.model.sharding import (
-  cast,
+from engram_jax.model.fsdp import (
   constrain_batch,
   constrain_stack,
-  gather,
-  gathered,
-  spread,
+  gather_params,
+  is_param_gather,
+  is_sharded,
 )
+from engram_jax.model.layers import rms_norm
+from engram_jax.model.params import to_compute_dtype
+from engram_jax.model.router import ROUTING, RouterBias
 
 
 class LM(nnx.Module):
@@ -60,7 +60,7 @@ class LM(nnx.Module):
       segments_BT: int32 document of each position in a packed window; default: one document.
       positions_BT: int32 position within the document; default: 0, 1, ... along T.
       mesh: the devices to run on, which also choose kernels and the dtype of "auto"; B is divided
-        over the batch's axes, parameters as `model.sharding.param_shardings` says. Default: one
+        over the batch's axes, parameters as `model.params.param_shardings` says. Default: one
         device of this process.
 
     Returns:
@@ -99,7 +99,9 @@ class LM(nnx.Module):
   def streams(self, tokens_BT: jax.Array, mesh: Mesh | None = None) -> jax.Array:
     """[B, T, G, D], G copies of each token's embedding, in the compute dtype."""
     dtype = compute_dtype(self.cfg.dtype, platform(mesh))
-    table = gather(cast({"embedding": self.embedding[...]}, dtype), mesh)["embedding"]
+    table = gather_params(to_compute_dtype({"embedding": self.embedding[...]}, dtype), mesh)[
+      "embedding"
+    ]
     x_BTD = constrain_batch(table[tokens_BT], mesh)
     streams = (*tokens_BT.shape, self.cfg.residual.branches, self.cfg.width)
     return jnp.broadcast_to(x_BTD[:, :, None], streams)
@@ -167,8 +169,8 @@ def _block(cfg: ModelConfig, graphdef: Any, segments_BT, positions_BT, mesh, sca
 
   def call(x_BTGD, weights, rows_BTM=None):
     params, biases = weights
-    if spread(mesh):
-      params = gather(cast(params, x_BTGD.dtype), mesh)
+    if is_sharded(mesh):
+      params = gather_params(to_compute_dtype(params, x_BTGD.dtype), mesh)
     block = nnx.merge(graphdef, nnx.State(params), nnx.State(biases))
     x_BTGD, seen = block(x_BTGD, rows_BTM, segments_BT, positions_BT, mesh)
     x_BTGD = constrain_batch(x_BTGD, mesh)
@@ -177,7 +179,7 @@ def _block(cfg: ModelConfig, graphdef: Any, segments_BT, positions_BT, mesh, sca
   saved, routing = jax.checkpoint_policies, jax.checkpoint_policies.save_only_these_names(ROUTING)
   dots = saved.save_from_both_policies(saved.dots_with_no_batch_dims_saveable, routing)
   policies = {"block": routing, "dots": dots}
-  if cfg.remat == "none" and not (spread(mesh) and mesh.shape["fsdp"] > 1):
+  if cfg.remat == "none" and not (is_sharded(mesh) and mesh.shape["fsdp"] > 1):
     return call
   policy = policies.get(cfg.remat, _all_but_gathered)
   return jax.checkpoint(call, policy=policy, prevent_cse=not scanned)
@@ -185,7 +187,7 @@ def _block(cfg: ModelConfig, graphdef: Any, segments_BT, positions_BT, mesh, sca
 
 def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
   # The backward pass gathers a layer's weights again; kept, they would be the whole model.
-  return not gathered(primitive, params)
+  return not is_param_gather(primitive, params)
 
 
 def _runs(split: Sequence[tuple], rows_of: Mapping[int, jax.Array]) -> list[list[int]]:
@@ -206,7 +208,7 @@ def _form(split: tuple) -> Any:
 
 
 def _stack(weights: Sequence[tuple], dtype: Any, mesh: Mesh | None) -> tuple:
-  params = [cast(params, dtype) for params, _ in weights]
+  params = [to_compute_dtype(params, dtype) for params, _ in weights]
   stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
   biases = stack([biases for _, biases in weights])
   return constrain_stack(stack(params), params[0], mesh), biases

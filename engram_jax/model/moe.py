@@ -9,8 +9,9 @@ from engram_jax.config import MoEConfig
 from engram_jax.core.mesh import platform
 from engram_jax.model.expert_dispatch import experts_for
 from engram_jax.model.expert_parallel import routed_experts
+from engram_jax.model.fsdp import is_sharded
+from engram_jax.model.params import expert_specs
 from engram_jax.model.router import RouterBias, expert_load, route
-from engram_jax.model.sharding import expert_specs, spread
 
 
 class FeedForward(nnx.Module):
@@ -75,7 +76,7 @@ class MoE(nnx.Module):
       w[...].astype(x_BTD.dtype)
       for w in (self.w_experts_gate, self.w_experts_up, self.w_experts_down)
     )
-    if spread(mesh):
+    if is_sharded(mesh):
       specs = expert_specs(weights, mesh)
       y_BTD, load_E = routed_experts(
         self.cfg, x_BTD, self.w_router[...], self.bias[...], weights, specs, mesh

@@ -94,13 +94,13 @@ class SavedRun:
 
 @contextlib.contextmanager
 def load_run(
-  path: pathlib.Path, step: int | None, log: Callable[[str], None], where: str = "--run"
+  path: pathlib.Path, step: int | None, log: Callable[[str], None], where: str | None = None
 ) -> Iterator[SavedRun]:
   """Opens a step of a run: the one asked for, or the newest that is sound.
 
   Args:
     log: is told of checkpoints that cannot be used.
-    where: the option that names the run, for messages.
+    where: what names the run, for messages; `--run` with its path if left out.
 
   Raises ConfigError for a folder that is no run, a step that is not saved, or a tokenizer.json that
   is not the one it was trained with; StorageError for damaged files.
@@ -110,7 +110,8 @@ def load_run(
     if step is None:
       step = checkpoints.newest_valid(log)
       if step is None:
-        raise ConfigError(f"{where} {path} holds no sound checkpoint yet; train it first")
+        where = where or f"--run {path}"
+        raise ConfigError(f"{where} holds no sound checkpoint yet; train it first")
     elif step not in (steps := checkpoints.steps()):
       raise ConfigError(f"--step {step} is not saved in {path}: {steps} are")
     meta, tokenizer = checkpoints.meta(step), read_tokenizer(path / TOKENIZER)

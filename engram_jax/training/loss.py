@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from engram_jax.core.mesh import BATCH_AXES
-from engram_jax.model.sharding import param_shardings, put_together
+from engram_jax.model.fsdp import all_gather_param
+from engram_jax.model.params import param_shardings
 
 Aux = dict[str, jax.Array]
 
@@ -84,7 +85,7 @@ def cross_entropy_on(
   stored = param_shardings({"head": head_DV}, mesh)["head"].spec
 
   def run(hidden_btD, head_dv, targets_bt, mask_bt):
-    head_DV = put_together(head_dv, stored)
+    head_DV = all_gather_param(head_dv, stored)
     total, aux = chunked_cross_entropy(
       hidden_btD, head_DV, targets_bt, mask_bt, chunk=chunk, z_loss=z_loss
     )

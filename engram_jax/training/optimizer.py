@@ -1,7 +1,6 @@
 """The backbone's optimizer: Muon for matrices, AdamW for the rest, by rule over parameter paths."""
 
-import re
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,41 +9,10 @@ from jax.sharding import Mesh
 
 from engram_jax.config import OptimizerConfig
 from engram_jax.core.schedule import Schedule
+from engram_jax.model.params import param_rule
 from engram_jax.training.muon import scale_by_muon
 
 ADAM_RMS = 0.2  # of an Adam update, in units of the learning rate (arXiv 2502.16982)
-
-
-class Rule(NamedTuple):
-  """What trains the parameters whose path ends in keys that match `pattern`.
-
-  axes: one letter per axis, I in, O out, and any other letter counts matrices, each of which is
-  orthogonalised by itself; empty where there is no matrix, and any number of axes will do.
-  """
-
-  pattern: str
-  group: Literal["muon", "adam", "adam_no_decay"]
-  axes: str = ""
-
-
-# The first match wins. Decay is for weights that multiply activations and would grow without it;
-# gains, biases, mixing scalars and the convolution rest at values that mean something (1 is "as it
-# is", 0 is "off"), and decay would pull them elsewhere. Heads share one matrix, as in the paper's
-# notation; experts and branches have one each.
-RULES = (
-  Rule("attention/w_(query|query_up|key_up|value_up)", "muon", "IOO"),
-  Rule("attention/w_(query_down|latent|key_rope)", "muon", "IO"),
-  Rule("attention/w_out", "muon", "IIO"),
-  Rule("(feed_forward|shared)/w_(gate|up|down)", "muon", "IO"),
-  Rule("moe/w_experts_(gate|up|down)", "muon", "EIO"),
-  Rule("moe/w_router", "adam"),
-  Rule("engram/w_key", "muon", "IGO"),
-  Rule("engram/w_value", "muon", "IO"),
-  Rule("engram/w_conv", "adam_no_decay"),
-  Rule("(attention|feed_forward)_residual/w_mix", "adam"),
-  Rule("embedding|head", "adam"),
-  Rule(r"[abg]_\w+", "adam_no_decay"),
-)
 
 
 def backbone_optimizer(
@@ -92,38 +60,21 @@ def at_step(state: Any, step: int) -> Any:
 
 def parameter_groups(params: Any) -> Any:
   """The tree of "muon", "adam" or "adam_no_decay", one for each parameter."""
-  return jax.tree_util.tree_map_with_path(lambda path, x: _rule(path, x).group, params)
+  return jax.tree_util.tree_map_with_path(lambda path, x: param_rule(path, x).group, params)
 
 
 def _axes(params: Any) -> Any:
-  return jax.tree_util.tree_map_with_path(lambda path, x: _rule(path, x).axes, params)
+  return jax.tree_util.tree_map_with_path(lambda path, x: param_rule(path, x).matrix, params)
 
 
 def _scale_to_adam() -> optax.GradientTransformation:
   """From orthogonal matrices, whose entries have an RMS of 1 / sqrt(max(in, out)), to ADAM_RMS."""
 
   def scale(path: Any, update: jax.Array) -> jax.Array:
-    rule = _rule(path, update)
+    rule = param_rule(path, update)
     sides = {"I": 1, "O": 1}
-    for axis, size in zip(rule.axes, update.shape, strict=True):
+    for axis, size in zip(rule.matrix, update.shape, strict=True):
       sides[axis] = sides.get(axis, 1) * size
     return update * (ADAM_RMS * max(sides["I"], sides["O"]) ** 0.5)
 
   return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
-
-
-def _rule(path: Any, x: Any) -> Rule:
-  # An nnx.State keeps each array under a last key "value"; a pure dict does not.
-  name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-  rule = next((rule for rule in RULES if re.fullmatch(rf"(.*/)?({rule.pattern})", name)), None)
-  if rule is None:
-    raise ValueError(
-      f"no optimizer rule names parameter {name!r} of shape {tuple(x.shape)}: "
-      "add one to RULES in engram_jax/training/optimizer.py"
-    )
-  if rule.axes and len(rule.axes) != len(x.shape):
-    raise ValueError(
-      f"parameter {name!r} of shape {tuple(x.shape)} has {len(x.shape)} axes, "
-      f"but its optimizer rule reads {rule.axes!r}"
-    )
-  return rule

@@ -15,8 +15,8 @@ from engram_jax.core.rules import state_shardings
 from engram_jax.core.schedule import learning_rate
 from engram_jax.memory.hashing import HashLayout
 from engram_jax.model.lm import LM
+from engram_jax.model.params import param_shardings
 from engram_jax.model.router import RouterBias
-from engram_jax.model.sharding import param_shardings
 from engram_jax.tables.base import Tables
 from engram_jax.tables.row_checkpoint import stored_tables
 from engram_jax.tables.state import TableState

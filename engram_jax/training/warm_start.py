@@ -63,7 +63,7 @@ def find_warm_start(
   Raises ConfigError for a folder that is no run or holds no sound checkpoint, another tokenizer,
   another memory than none or the same, a memory that would be lost, or other shapes.
   """
-  with load_run(pathlib.Path(run), None, log, where="train.init_from") as saved:
+  with load_run(pathlib.Path(run), None, log, where=f"train.init_from={run!r}") as saved:
     cfg, step, meta = saved.config, saved.step, saved.meta
   _check_memory(run, meta, fingerprint, setup)
   old_layout = layout if meta["hash_layout"] else None

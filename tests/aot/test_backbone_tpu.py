@@ -19,7 +19,7 @@ from engram_jax.core.mesh import batch_sharding, make_mesh
 from engram_jax.aot.topology import abstract_devices, topology
 from engram_jax.model.lm import LM
 from engram_jax.model.router import RouterBias
-from engram_jax.model.sharding import param_shardings
+from engram_jax.model.params import param_shardings
 
 cfg = ModelConfig(
   vocab_size=512, width=256, layers=3, scan_layers=True,

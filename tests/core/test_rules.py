@@ -12,7 +12,7 @@ from engram_jax.config import Config, EngramConfig, ModelConfig
 from engram_jax.core.mesh import AXES, batch_sharding, batch_shards
 from engram_jax.core.rules import Rule, shardings, state_shardings
 from engram_jax.model.lm import LM
-from engram_jax.model.sharding import param_shardings
+from engram_jax.model.params import param_shardings
 from engram_jax.training.optimizer import backbone_optimizer
 
 

@@ -14,7 +14,7 @@ from engram_jax.core.mesh import batch_sharding, make_mesh
 from engram_jax.model.expert_dispatch import dense_experts
 from engram_jax.model.expert_parallel import capacity, routed_experts
 from engram_jax.model.router import expert_load, route
-from engram_jax.model.sharding import expert_specs
+from engram_jax.model.params import expert_specs
 
 B, T, D, F, E, K = 8, 9, 4, 8, 8, 2
 CFG = MoEConfig(routed_experts=E, top_k=K, expert_width=F)
@@ -77,6 +77,6 @@ def test_the_buffers_above_overflow_when_two_experts_get_all():
   assert capacity(tokens=B * T // 4, top_k=K, experts=E, devices=2) < 2 * B * T // 4
 
 
-def test_a_buffer_never_has_places_that_nothing_could_use():
+def test_a_buffer_never_has_slots_that_nothing_could_use():
   assert capacity(tokens=5, top_k=6, experts=8, devices=8) == 5
   assert capacity(tokens=4096, top_k=6, experts=64, devices=8) == 4616

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from engram_jax.aot.collectives import collectives, compile_with_text
 from engram_jax.core.mesh import BATCH_AXES, make_mesh
-from engram_jax.model.sharding import param_shardings
+from engram_jax.model.params import param_shardings
 from engram_jax.training.loss import cross_entropy_on
 
 B, T, D, V = 8, 6, 16, 48

@@ -316,7 +316,7 @@ ROWS = [sum(primes) for primes in v41_primes().values()]
     (text_field("hc_mult", "2"), ConfigError, "hc_mult"),
     (text_field("engram_n_heads", 10**9), ConfigError, "engram_n_heads"),
     (text_field("engram_vocab_size", 2**31 - 1), ConfigError, "int32 row ids"),
-    (text_field("engram_pad_id", 280), ConfigError, "pad_id=280 is outside the tokenizer's 280"),
+    (text_field("engram_pad_id", 280), ConfigError, "pad id 280 is outside the 280"),
     (without("engram_pad_id"), ConfigError, "engram_pad_id"),
     (without("engram_layer_ids"), ConfigError, "no memory of a known layout"),
     (in_index(WEIGHT, "../x.safetensors"), ConfigError, "'../x.safetensors'"),

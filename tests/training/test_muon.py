@@ -26,8 +26,8 @@ def tree(seed):
 
 
 def numbers(_):
-  places = lambda axes, letter: tuple(i for i, axis in enumerate(axes) if axis == letter)
-  return {k: MuonDimensionNumbers(places(a, "I"), places(a, "O")) for k, a in AXES.items()}
+  positions = lambda axes, letter: tuple(i for i, axis in enumerate(axes) if axis == letter)
+  return {k: MuonDimensionNumbers(positions(a, "I"), positions(a, "O")) for k, a in AXES.items()}
 
 
 def test_equals_optax_over_several_steps():

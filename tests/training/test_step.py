@@ -72,11 +72,11 @@ def test_a_step_moves_every_matrix_and_only_the_touched_rows(world):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
-@pytest.mark.parametrize("place", ["parameter", "row"])
-def test_a_value_that_is_not_finite_changes_only_the_counters(world, place, value):
+@pytest.mark.parametrize("where", ["parameter", "row"])
+def test_a_value_that_is_not_finite_changes_only_the_counters(world, where, value):
   _, data, step, state = world
   batch = batch_at(data, 2)
-  if place == "row":
+  if where == "row":
     row = int(batch["row_ids"][0, 0, 0, 0])
     table = state.tables.tables[LAYER].at[row].set(value)
     tables = copy_of(state.tables)._replace(tables={LAYER: table})

@@ -28,10 +28,10 @@ STEPS = 24
 def runs(lab):
   """A run's folder for each placement."""
   folders = {}
-  for place in ("device", "host", "file"):
-    done = lab.training(lab.folder / place, PLACEMENT, place)
+  for placement in ("device", "host", "file"):
+    done = lab.training(lab.folder / placement, PLACEMENT, placement)
     assert done.code == 0, done.err
-    folders[place] = lab.folder / place / "t"
+    folders[placement] = lab.folder / placement / "t"
   return folders
 
 
@@ -55,24 +55,24 @@ def assert_same_bits(left, right) -> None:
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@pytest.mark.parametrize("place", ["host", "file"])
-def test_placement_changes_no_number(runs, place):
-  assert numbers(runs[place]) == numbers(runs["device"])
+@pytest.mark.parametrize("placement", ["host", "file"])
+def test_placement_changes_no_number(runs, placement):
+  assert numbers(runs[placement]) == numbers(runs["device"])
   for step in (16, 24):
-    assert_same_bits(on_device(runs[place], step), on_device(runs["device"], step))
+    assert_same_bits(on_device(runs[placement], step), on_device(runs["device"], step))
 
 
 def test_what_placement_costs_is_measured(runs):
-  for place in ("host", "file"):
-    for line in map(json.loads, (runs[place] / "metrics.jsonl").read_text().splitlines()):
+  for placement in ("host", "file"):
+    for line in map(json.loads, (runs[placement] / "metrics.jsonl").read_text().splitlines()):
       assert line["rows/wait_seconds"] >= 0
       assert line["rows/bytes_to_device"] > line["rows/bytes_from_device"] > 0
   assert '"rows/' not in (runs["device"] / "metrics.jsonl").read_text()
 
 
 def test_off_the_device_only_written_rows_are_saved(runs):
-  for place in ("host", "file"):
-    manifest = runs[place] / "checkpoints" / "step_00000024" / "manifest.json"
+  for placement in ("host", "file"):
+    manifest = runs[placement] / "checkpoints" / "step_00000024" / "manifest.json"
     content = json.loads(manifest.read_text())["content"]
     assert [name for name in content["tree"] if name.startswith("tables")] == []
     files = {name for name in content["files"] if name.startswith("rows/")}
@@ -89,10 +89,10 @@ def test_files_of_rows_are_gone_when_the_run_is(runs):
 
 def test_evaluation_reads_rows_where_they_are(lab, runs):
   results = {}
-  for place, run in runs.items():
+  for placement, run in runs.items():
     done = lab.evaluation(run, "--json", "--tokens", "4")
     assert done.code == 0, done.err
-    results[place] = json.loads(done.out) | {"run": None}
+    results[placement] = json.loads(done.out) | {"run": None}
   assert results["host"] == results["file"] == results["device"]
 
 
@@ -106,8 +106,8 @@ def test_a_run_goes_on_under_any_placement(lab, runs, tmp_path, monkeypatch):
       os.kill(os.getpid(), signal.SIGTERM)
 
   monkeypatch.setattr(lab.train.MetricsWriter, "write", write_and_stop)
-  for step, place in stops.items():
-    done = lab.training(tmp_path, PLACEMENT, place)
+  for step, placement in stops.items():
+    done = lab.training(tmp_path, PLACEMENT, placement)
     assert done.code == (0 if step == STEPS else 75), done.err
     assert f"step {step} saved" in done.err or step == STEPS
   assert numbers(tmp_path / "t") == numbers(runs["device"])
@@ -117,11 +117,11 @@ def test_a_run_goes_on_under_any_placement(lab, runs, tmp_path, monkeypatch):
 def test_rows_can_be_read_from_any_checkpoint(runs, monkeypatch):
   monkeypatch.setattr(saved_run, "BLOCK_BYTES", 16 * 100)  # several blocks, and a rest
   tables = {}
-  for place, run in runs.items():
+  for placement, run in runs.items():
     with saved_run.load_run(run, STEPS, print) as saved:
       blocks = list(saved.rows(1))
     assert len(blocks) > 2
-    tables[place] = np.concatenate(blocks)
+    tables[placement] = np.concatenate(blocks)
   assert tables["device"].shape == (420, 4)
   for table in tables.values():
     assert table.tobytes() == tables["device"].tobytes()
@@ -143,13 +143,15 @@ def test_saved_rows_that_were_damaged_are_not_used(lab, runs, tmp_path):
 def test_200_steps_of_the_real_program_are_the_same_bits(lab, tmp_path):
   """train.py as it is shipped, all optimizations on, 200 steps."""
   cfg = load_config(lab.config)
-  for place in ("device", "host", "file"):
-    words = (sys.executable, "train.py", "--config", lab.config, "--run.root", tmp_path / place)
-    words += ("--train.steps", 200, "--train.checkpoint_every", 200, PLACEMENT, place)
+  for placement in ("device", "host", "file"):
+    words = (sys.executable, "train.py", "--config", lab.config, "--run.root", tmp_path / placement)
+    words += ("--train.steps", 200, "--train.checkpoint_every", 200, PLACEMENT, placement)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     subprocess.run([str(word) for word in words], cwd=ROOT, env=environment, check=True)
-  runs = {place: tmp_path / place / cfg.run.name for place in ("device", "host", "file")}
+  runs = {
+    placement: tmp_path / placement / cfg.run.name for placement in ("device", "host", "file")
+  }
   assert len(numbers(runs["device"])) == 200
-  for place in ("host", "file"):
-    assert numbers(runs[place]) == numbers(runs["device"])
-    assert_same_bits(on_device(runs[place], 200), on_device(runs["device"], 200))
+  for placement in ("host", "file"):
+    assert numbers(runs[placement]) == numbers(runs["device"])
+    assert_same_bits(on_device(runs[placement], 200), on_device(runs["device"], 200))
