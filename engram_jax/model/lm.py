@@ -99,10 +99,9 @@ class LM(nnx.Module):
   def streams(self, tokens_BT: jax.Array, mesh: Mesh | None = None) -> jax.Array:
     """[B, T, G, D], G copies of each token's embedding, in the compute dtype."""
     dtype = compute_dtype(self.cfg.dtype, platform(mesh))
-    table = gather_params(to_compute_dtype({"embedding": self.embedding[...]}, dtype), mesh)[
-      "embedding"
-    ]
-    x_BTD = constrain_batch(table[tokens_BT], mesh)
+    params = to_compute_dtype({"embedding": self.embedding[...]}, dtype)
+    embedding_VD = gather_params(params, mesh)["embedding"]
+    x_BTD = constrain_batch(embedding_VD[tokens_BT], mesh)
     streams = (*tokens_BT.shape, self.cfg.residual.branches, self.cfg.width)
     return jnp.broadcast_to(x_BTD[:, :, None], streams)
 

@@ -71,7 +71,7 @@ def test_axes_that_do_not_divide_stay_whole():
 
 
 def test_what_no_rule_names_is_refused():
-  with pytest.raises(ValueError, match=r"no sharding rule names parameter 'a/odd' of shape \(2,\)"):
+  with pytest.raises(ValueError, match=r"no rule names parameter 'a/odd' of shape \(2,\)"):
     shardings({"a": {"odd": array(2)}}, (Rule("w", "f"),), mesh())
 
 

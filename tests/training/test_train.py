@@ -338,7 +338,7 @@ def test_a_config_file_that_is_missing_or_mistyped_is_refused(lab, tmp_path):
   [
     ([], 0, "plan"),
     (["--help"], 0, "plan"),
-    (["plam"], 2, "no command 'plam'; there are: train, eval, convert, "),
+    (["plam"], 2, "no command 'plam'; there are: train, eval, analyze, convert, "),
   ],
 )
 def test_the_commands_are_listed_and_a_wrong_one_refused(lab, words, code, said):
