@@ -10,6 +10,8 @@
 bits of exponent and 3 of mantissa, at most 448; an E8M0 byte e is the scale 2^(e - 127). Where 32
 does not divide C the last block is shorter. A packed row is its values, then its scales, in
 little-endian order and without padding.
+
+Local letter: U, rows that are encoded or decoded.
 """
 
 from typing import Literal, get_args

@@ -6,6 +6,8 @@
 
 The gradient [U, C] is as large as the batch's ids, whatever the table's size, and holds one sum per
 distinct id, which is what a touched-row optimizer needs.
+
+Local letter: U, distinct ids.
 """
 
 import functools

@@ -9,11 +9,14 @@ few times as the algebra allows:
   reads [B, T, D] and [B, T, G] and nothing wider;
 - its taps are shifted multiply-adds. `lax.conv` would turn the kernel's gradient into a full
   convolution over all channels on CPU.
+
+Local letters: W, taps of the convolution; X = G + 1, the keys and the value.
 """
 
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +144,7 @@ def _gated_conv_backward(shifts, eps, saved, ddelta):
   if keep is not None:
     kept = [_advance(k, s)[..., None, None] for k, s in zip(keep, shifts, strict=True)]
     taps = [jnp.where(k, tap, 0) for k, tap in zip(kept, taps, strict=True)]
-  dn = sum(taps)  # of RMSNorm(U) before its weight
+  dn: Any = sum(taps)  # of RMSNorm(U) before its weight
   dc = sum_products("btgd,btd->btg", dn, v)
   da = sum_products("btgd,btd->btg", ddelta, v) + dc * eps * r**3  # dc/da = r - a^2 m r^3 = eps r^3
   dmean = sum_products("btg,btg->bt", dc, -0.5 * c**3)
@@ -177,7 +180,8 @@ def convolve(kernel_WGD: jax.Array, scales: Sequence[jax.Array], values: Sequenc
     values: [B, T, D] for each tap.
   """
   taps = zip(kernel_WGD, scales, values, strict=True)
-  return sum(kernel_GD * c_BTG[..., None] * v_BTD[:, :, None] for kernel_GD, c_BTG, v_BTD in taps)
+  total: Any = sum(k_GD * c_BTG[..., None] * v_BTD[:, :, None] for k_GD, c_BTG, v_BTD in taps)
+  return total
 
 
 def _convolve_delayed(kernel, scales, v, shifts):
@@ -192,7 +196,7 @@ def _sum_over_time(x_BTGD, scale_BTG, y_BTD, parts: int = 16):
   """
   B, T = y_BTD.shape[:2]
   size = T // math.gcd(T, parts)
-  total = 0
+  total: Any = 0
   for t in range(0, T, size):
     part = slice(t, t + size)
     total += x_BTGD[:, part] * scale_BTG[:, part, :, None] * y_BTD[:, part, None]

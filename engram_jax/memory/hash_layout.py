@@ -86,12 +86,12 @@ class HashLayout:
 
     Raises ValueError naming the field; a table of 2^31 rows or more has no int32 row ids.
     """
-    if isinstance(rows_per_head, int | np.integer):
-      rows_per_head = [rows_per_head] * (max_ngram - 1)
+    single = isinstance(rows_per_head, int | np.integer)
+    starts: Any = [rows_per_head] * (max_ngram - 1) if single else rows_per_head
     return cls(
       dialect=dialect,
       layers=tuple(map(int, layers)),
-      rows_per_head=tuple(map(int, rows_per_head)),
+      rows_per_head=tuple(map(int, starts)),
       max_ngram=int(max_ngram),
       heads=int(heads),
       compressed_vocab=int(compressed_vocab),

@@ -13,6 +13,8 @@ What a position does not see reads as the pad id. Look-back ends, for all older 
 - where the segment id changes (packed documents);
 - at a masked token. A masked token's own n-grams are all pads;
 - in a dialect whose pad ends look-back (`qwen_ple`), at a token whose id is the layout's `pad_id`.
+
+Local letters: N, the largest order; K, heads per order; H, ids of a history; O, orders; X, tokens.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -104,7 +106,7 @@ def row_ids(
   A NumPy array gives one, by `hash_ids_numpy`; a jax array, traced or not, one by `hash_ids`.
   Arguments and errors are theirs.
   """
-  args = (layout, layer, ids_BT, segments_BT, history_BH, mask_BT)
+  args: Any = (layout, layer, ids_BT, segments_BT, history_BH, mask_BT)
   if isinstance(ids_BT, np.ndarray | list):
     return hash_ids_numpy(*args) + np.array(layout.offsets[layer], np.int32)
   return hash_ids(*args) + np.array(layout.offsets[layer], np.int32)

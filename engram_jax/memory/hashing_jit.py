@@ -23,6 +23,8 @@ estimate r C + l D (C = 2^21/p, D = 1/p). After it |r| <= (1/2 + e) p. Roundings
 
 The margins cover the terms left out (below 10^-5), a fused multiply-add only removes a rounding,
 and |x| < 2^22 throughout, as `_nearest` needs.
+
+Local letters: H, ids of a history; K, heads per order.
 """
 
 import functools

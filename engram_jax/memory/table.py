@@ -4,11 +4,12 @@ A layer has as many rows as its heads' primes add up to, a number that divides b
 stored array is padded to a multiple of 1,024 that no mesh changes, so a table's shape on disk does
 not depend on the devices it was trained on. Pad rows are zero and no id points at them.
 
-Local letter: P, devices of a mesh.
+Local letters: P, devices of a mesh; U, distinct ids.
 """
 
 import functools
 import math
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -95,15 +96,15 @@ def table_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(mesh.axis_names, None))
 
 
-def row_major(place: NamedSharding, ndim: int) -> NamedSharding | Format:
+def row_major(sharding: NamedSharding, ndim: int) -> NamedSharding | Format:
   """The sharding of a table or of its optimizer's state; on TPU with each row in one piece.
 
   A TPU lays narrow arrays out by columns unless it is told. Rows are then read and written in a
   copy by rows, so that each step would copy the whole table there and back.
   """
-  if ndim != 2 or platform(place.mesh) != "tpu":
-    return place
-  return Format(Layout(major_to_minor=(0, 1)), place)
+  if ndim != 2 or platform(cast(Mesh, sharding.mesh)) != "tpu":
+    return sharding
+  return Format(Layout(major_to_minor=(0, 1)), sharding)
 
 
 def lookup(

@@ -1,4 +1,7 @@
-"""Everything from text to row ids: a tokenizer, its token map, and the hash layout of a model."""
+"""Everything from text to row ids: a tokenizer, its token map, and the hash layout of a model.
+
+Local letter: L, layers with a memory.
+"""
 
 import dataclasses
 import functools

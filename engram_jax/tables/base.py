@@ -47,6 +47,7 @@ class Tables:
 
   Attributes:
     cfg, layout, optimizer, mesh: as given. layers: ids of the layers with a table, rising.
+    row_counts: {layer: R}.
     is_offloaded: whether the tables lie off the devices. init_std: of the rows at the start.
   """
 
@@ -74,17 +75,19 @@ class Tables:
     Raises ValueError for tables off the devices and a mesh of several.
     """
     self.cfg, self.layout, self.optimizer, self.mesh = cfg, layout, optimizer, mesh
-    self.layers = layout.layers if layout else ()
+    self.row_counts = dict(layout.rows) if layout else {}
+    self.layers = tuple(self.row_counts)
     self.is_offloaded = bool(self.layers) and cfg.placement != "device"
     self.init_std, self._folder = init_std, folder
-    self._sharded = mesh if mesh is not None and mesh.size > 1 else None
+    self._sharded: Mesh | None = None  # the mesh, if it has several devices
     self._rows: DeviceRows | ShardedRows = DeviceRows(optimizer)
-    if self._sharded is not None:
+    if mesh is not None and mesh.size > 1:
       if self.is_offloaded:
         raise ValueError(f"placement={cfg.placement!r} is for one device, not for {mesh.size}")
-      rows = tuple(padded_rows(layout.rows[n], mesh.size) for n in self.layers)
+      rows = tuple(padded_rows(R, mesh.size) for R in self.row_counts.values())
       # Rows that are balanced against one another must arrive in one round.
       capacity = float(mesh.size) if optimizer.is_joint else cfg.exchange_capacity
+      self._sharded = mesh
       self._rows = ShardedRows(optimizer, mesh, rows, capacity, exchange_dtype)
     self._opened = contextlib.ExitStack()
 
@@ -147,7 +150,7 @@ class Tables:
       dtype=jnp.dtype(self.cfg.table_dtype),
       mesh=self._sharded,
     )
-    tables = {n: make(self.key_of(key, n), self.layout.rows[n]) for n in self.layers}
+    tables = {n: make(self.key_of(key, n), R) for n, R in self.row_counts.items()}
     return TableState(tables, {n: self.optimizer.init(t) for n, t in tables.items()})
 
   def key_of(self, key: jax.Array, layer: int) -> jax.Array:
@@ -158,9 +161,9 @@ class Tables:
   def schemas(self) -> dict[int, RowSchema]:
     """Records of a row and its optimizer's state, by layer."""
     width, dtype = self.cfg.row_width, jnp.dtype(self.cfg.table_dtype)
-    rows = {n: self.layout.rows[n] for n in self.layers}
     return {
-      n: RowSchema.of(self.optimizer, R, padded_rows(R), width, dtype) for n, R in rows.items()
+      n: RowSchema.of(self.optimizer, R, padded_rows(R), width, dtype)
+      for n, R in self.row_counts.items()
     }
 
   @functools.cached_property
@@ -187,7 +190,8 @@ class Tables:
     return jax.tree.map(place, shapes)
 
   def _sharding(self, ndim: int) -> NamedSharding:
-    """Rows over all axes of the mesh, scalars everywhere."""
+    """The sharding of rows over all axes of the mesh, or of a scalar, replicated."""
+    assert self.mesh is not None
     return NamedSharding(
       self.mesh, PartitionSpec(self.mesh.axis_names) if ndim else PartitionSpec()
     )
@@ -273,9 +277,12 @@ class Tables:
     if not self.layers:
       return state
     if state.host is not None:
-      ids = {n: np.asarray(x) for n, x in touched.synced.buffer_ids.items()}
+      buffers = touched.synced
+      if buffers is None or buffers.buffer_ids is None:
+        raise ValueError("touched was fetched from other tables than these, which lie on the host")
+      ids = {n: np.asarray(x) for n, x in buffers.buffer_ids.items()}
       bare, args = dataclasses.replace(touched, synced=None), (scale, grad_scale, ok)
-      new = self._update_program(touched.synced, bare, grads, *args)
+      new = self._update_program(buffers, bare, grads, *args)
       return state.host.write_back(new, {n: x[x >= 0] for n, x in ids.items()})
     if not isinstance(grads, RowGrads):
       grads = self.reduce_grads(touched, grads)
@@ -383,7 +390,9 @@ class Tables:
     return DeviceRows(self.optimizer, tuple(state.buffer_ids[n] for n in self.layers))
 
   def _as_tuples(self, state: TableState) -> tuple[tuple, tuple]:
-    return tuple(tuple(part[n] for n in self.layers) for part in (state.tables, state.optimizer))
+    return tuple(state.tables[n] for n in self.layers), tuple(
+      state.optimizer[n] for n in self.layers
+    )
 
   def _state(self, old: TableState, tables: tuple, states: tuple) -> TableState:
     return old._replace(tables=self._by_layer(tables), optimizer=self._by_layer(states))

@@ -3,6 +3,8 @@
 The same code serves a *row buffer* (tables/row_buffer.py): a batch's distinct rows as a small table
 of their own, for tables that lie on the host. Its rows are those that `dedup` would give, in the
 same order, so a step on it is the step on the whole table, sum for sum.
+
+Local letter: U, distinct rows of a batch.
 """
 
 from typing import Any, NamedTuple

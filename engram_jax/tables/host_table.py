@@ -1,4 +1,7 @@
-"""One table's records in host memory, or in a sparse file that memory never holds whole."""
+"""One table's records in host memory, or in a sparse file that memory never holds whole.
+
+Local letter: U, records that are read or written.
+"""
 
 import concurrent.futures
 import errno

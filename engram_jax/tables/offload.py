@@ -4,6 +4,8 @@ One thread reads and writes, in this order, so that a read knows what it sees: r
 are read after those of step t - 1 were written, while step t runs. What step t itself changes of
 them is not taken from there but, on the device, from its result. So every step gets the rows it
 would find in a table on the device, and waits for none that was read in time.
+
+Local letters: L, layers with a table; U, rows of a row buffer.
 """
 
 import concurrent.futures
@@ -70,7 +72,7 @@ class OffloadedTables:
     self._latest: dict[int, tuple] | None = None  # leaves of the last step's buffers
     self._last_ids: dict[int, np.ndarray] | None = None  # of the last read; the thread's own
     self._writing: concurrent.futures.Future | None = None
-    self._in_flight: jax.Array | None = None  # something that the last step computes
+    self._in_flight: Any = None  # an array that the last step computes
     self._reset_counts()
 
   def first_state(self) -> TableState:
@@ -132,7 +134,7 @@ class OffloadedTables:
     if read.uninitialized is not None:
       rows = self.tables[n].schema.rows
       row = initialize_rows(row, self._keys[n], read.uninitialized, rows=rows, std=self._init_std)
-    before = None if read.source is None else self._latest[n]
+    before = None if read.source is None or self._latest is None else self._latest[n]
     return make_buffer((row, *rest), read.source, before, size=read.padded_ids.size)
 
   def write_back(self, new: TableState, ids: Mapping[int, np.ndarray]) -> TableState:
@@ -180,12 +182,10 @@ class OffloadedTables:
     """(what a buffer is made of by layer, slots int32 [L, B, T, J]); alone: the step before has
     written everything, so nothing is newer on the device."""
     distinct = [np.unique(ids, return_inverse=True) for ids in row_ids_LBTJ]
-    before = None if alone else self._last_ids
+    before = {} if alone or self._last_ids is None else self._last_ids
     self._last_ids = {n: ids for n, (ids, _) in zip(self.tables, distinct, strict=True)}
     read = {
-      n: read_rows(
-        table, self._last_ids[n], before and before[n], row_ids_LBTJ[i].size, self._device
-      )
+      n: read_rows(table, self._last_ids[n], before.get(n), row_ids_LBTJ[i].size, self._device)
       for i, (n, table) in enumerate(self.tables.items())
     }
     slots = [inverse.reshape(row_ids_LBTJ.shape[1:]).astype(np.int32) for _, inverse in distinct]

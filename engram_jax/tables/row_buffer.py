@@ -7,6 +7,8 @@ from and written to differs. Positions in the buffer stand for row ids.
 It is made of the records of host tables (tables/host_table.py), of rows that no step has written,
 which are drawn as `init_table` draws them, and of the buffer of the step before, whose rows are
 newer than what was read from the host while that step ran.
+
+Local letters: U, rows of a row buffer; F, rows to be drawn; n and u, rows read and sent.
 """
 
 import functools

@@ -64,7 +64,9 @@ def restore(
   has_written = holds_written_rows(checkpoints, step)
   if not tables.is_offloaded and not has_written:
     whole = stored_tables(tables.shapes)
-    rows = {f"{part}/{i}": R for part in whole for i, R in enumerate(_row_counts(tables))}
+    # A mesh whose devices do not divide 1,024 has more pad rows than another.
+    counts = enumerate(tables.row_counts.values())
+    rows = {f"{part}/{i}": R for i, R in counts for part in whole}
     found = checkpoints.restore(step, dict(like) | whole, rows=rows)
     by_layer = lambda part: dict(zip(tables.layers, found[part], strict=True))
     return TableState(by_layer(TABLES), by_layer(OPTIMIZERS)), {k: found[k] for k in like}
@@ -203,12 +205,6 @@ def _restore_scalars(checkpoints: Checkpoints, step: int, tables: Any) -> list[t
     like = jax.tree.map(lambda x: place(x.shape, x.dtype), like)
   found = checkpoints.restore(step, like, partial=True)[OPTIMIZERS]
   return [tuple(jax.tree.leaves(state)) for state in found]
-
-
-def _row_counts(tables: Any) -> list[int]:
-  """Rows of each table. What follows them is padding, of which a mesh whose devices do not divide
-  1,024 has more."""
-  return [tables.layout.rows[n] for n in tables.layers]
 
 
 def _values(by_layer: Mapping[int, Any]) -> tuple[Any, ...]:

@@ -3,6 +3,8 @@
 A record of zeros is a row that no step has written: its numbers are those `init_table` draws for
 it, its state is the optimizer's first, which is zero. So a table begins as memory or as a file of
 zeros, whatever its size, and costs what is written to it.
+
+Local letter: U, records.
 """
 
 import dataclasses
@@ -81,8 +83,8 @@ class RowSchema:
   def join_state(self, per_row: tuple[Any, ...], scalars: tuple[Any, ...]) -> Any:
     """The optimizer's state of per-row leaves and scalars."""
     shapes, tree = jax.tree.flatten(self.state)
-    per_row, scalars = iter(per_row), iter(scalars)
-    return jax.tree.unflatten(tree, [next(per_row if x.ndim else scalars) for x in shapes])
+    rows, numbers = iter(per_row), iter(scalars)
+    return jax.tree.unflatten(tree, [next(rows if x.ndim else numbers) for x in shapes])
 
   def split_state(self, state: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """(per-row leaves, scalars) of a state: the inverse of `join_state`."""

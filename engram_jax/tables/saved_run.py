@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -95,7 +95,7 @@ class SavedRun:
 @contextlib.contextmanager
 def load_run(
   path: pathlib.Path, step: int | None, log: Callable[[str], None], where: str | None = None
-) -> Iterator[SavedRun]:
+) -> Generator[SavedRun]:
   """Opens a step of a run: the one asked for, or the newest that is sound.
 
   Args:
@@ -123,7 +123,7 @@ def load_run(
 def _whole_rows(run: SavedRun, layer: int, size: int) -> Iterator[np.ndarray]:
   """All rows of a table that was saved whole."""
   tables, checkpoints, step = run.tables, run.checkpoints, run.step
-  index, rows, optimizer = tables.layers.index(layer), tables.layout.rows[layer], tables.optimizer
+  index, rows, optimizer = tables.layers.index(layer), tables.row_counts[layer], tables.optimizer
   table = checkpoints.open_array(step, f"{TABLES}/{index}")
   flush, state = jax.jit(optimizer.flush), None
   if optimizer.is_lazy:
@@ -153,7 +153,7 @@ def _part(array: SavedArray, start: int, stop: int) -> np.ndarray:
 def _written_rows(run: SavedRun, layer: int, size: int) -> Iterator[np.ndarray]:
   """All rows of a table of which the checkpoint holds the written ones."""
   tables = run.tables
-  index, R, schema = tables.layers.index(layer), tables.layout.rows[layer], tables.schemas[layer]
+  index, R, schema = tables.layers.index(layer), tables.row_counts[layer], tables.schemas[layer]
   _, (width,), dtype = schema.leaves[0]
   folder, is_lazy = run.checkpoints.folder(run.step) / FOLDER, tables.optimizer.is_lazy
   ids = np.load(folder / f"{index}.ids.npy", mmap_mode="r")

@@ -32,9 +32,9 @@ class _Routing(NamedTuple):
   """Residuals of `fetch` on one device, for each table: its distinct ids, the ends of the main
   round's ranges, and the rows that were requested of it in that round."""
 
-  ids_U: Arrays
-  main_end_P: Arrays
-  received: Arrays
+  ids_U: Any
+  main_end_P: Any
+  received: Any
 
 
 class ShardedRows(NamedTuple):
@@ -73,9 +73,10 @@ class ShardedRows(NamedTuple):
       return Fetched(tuple(rows), inverses, _Routing(ids, main_end, tuple(main.received))), owned
 
     owned = self._owned_specs(tables, states)
-    out = Fetched(self._each, _TOKENS, self._routing_specs)
-    run = self._map(run, (owned, _TOKENS), (out, owned))
-    fetched, (tables, states) = run((tables, states), row_ids)
+    specs: Any = (self._each, _TOKENS, self._routing_specs)
+    out = Fetched(*specs)
+    mapped = self._map(run, (owned, _TOKENS), (out, owned))
+    fetched, (tables, states) = mapped((tables, states), row_ids)
     return fetched, tables, states
 
   def reduce_grads(self, fetched: Fetched, grads: Arrays) -> RowGrads:
@@ -98,8 +99,8 @@ class ShardedRows(NamedTuple):
       return ids, grads, square, tuple(count), 1 + overflow
 
     out = (self._each, self._each, _REPLICATED, _REPLICATED, _REPLICATED)
-    run = self._map(run, (self._routing_specs, self._each), out)
-    ids, sums, square, count, rounds = run(fetched.residuals, grads)
+    mapped = self._map(run, (self._routing_specs, self._each), out)
+    ids, sums, square, count, rounds = mapped(fetched.residuals, grads)
     return RowGrads(ids, sums, grads, square, count, rounds)
 
   def update(
@@ -136,8 +137,8 @@ class ShardedRows(NamedTuple):
     owned, each = self._owned_specs(tables, states), self._each
     scalars = dict.fromkeys(options, _REPLICATED)
     specs = (self._routing_specs, each, each, each, owned, _REPLICATED, _REPLICATED, scalars)
-    run = self._map(run, specs, owned)
-    return run(
+    mapped = self._map(run, specs, owned)
+    return mapped(
       fetched.residuals,
       grads.local_UC,
       grads.ids_U,
@@ -216,7 +217,7 @@ def _rebuild_routing(
 ) -> tuple[list[Requests], Round]:
   """Rebuilds what `fetch` knew; no id travels again."""
   requests = [
-    Requests(ids, ids[:0], ids.size, main_end)
+    Requests(ids, ids[:0], jnp.int32(ids.size), main_end)
     for ids, main_end in zip(routing.ids_U, routing.main_end_P, strict=True)
   ]
   return requests, exchange.send_requests(requests, partitions, routing.received)

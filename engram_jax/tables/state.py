@@ -1,4 +1,7 @@
-"""The state of memory tables as a pytree, and the rows of a batch taken out of it."""
+"""The state of memory tables as a pytree, and the rows of a batch taken out of it.
+
+Local letters: U, distinct rows of a batch; P, devices.
+"""
 
 import dataclasses
 import functools

@@ -13,6 +13,8 @@ time; two multiplications a number, where threefry would take ten times the work
 
 On TPU both dtypes are written in place. XLA's CPU backend has no scatter of bfloat16: there, and
 only there, an update of a bfloat16 table makes a float32 copy of it.
+
+Local letter: U, distinct rows of a step.
 """
 
 import importlib
@@ -82,7 +84,7 @@ def rate_at(
   learning_rate: LearningRate, step: jax.Array, scale: jax.typing.ArrayLike | None = None
 ) -> jax.Array | float:
   """The learning rate of a 0-based step, times `scale`."""
-  rate = learning_rate(step) if callable(learning_rate) else learning_rate
+  rate: Any = learning_rate(step) if callable(learning_rate) else learning_rate
   return rate if scale is None else rate * scale
 
 

@@ -1,4 +1,7 @@
-"""Row-wise Adagrad: a step size for every row, from one number of state a row."""
+"""Row-wise Adagrad: a step size for every row, from one number of state a row.
+
+Local letter: U, distinct rows of a step.
+"""
 
 from typing import NamedTuple
 

@@ -1,4 +1,7 @@
-"""Adam on touched rows, each with its own count of steps (the paper's optimizer of tables)."""
+"""Adam on touched rows, each with its own count of steps (the paper's optimizer of tables).
+
+Local letter: U, distinct rows of a step.
+"""
 
 from typing import NamedTuple
 

@@ -3,6 +3,8 @@
 In dense Adam a row without a gradient still moves: its moments decay and it goes on by them. Nobody
 sees where it is until it is read again, so the updates that it missed are made then, one by one
 because each has a learning rate and a bias correction of its own.
+
+Local letter: U, distinct rows of a step.
 """
 
 import functools

@@ -1,4 +1,7 @@
-"""Momentum and Sinkhorn balancing, as DeepSeek-V4.1 trains its tables: one moment, not two."""
+"""Momentum and Sinkhorn balancing, as DeepSeek-V4.1 trains its tables: one moment, not two.
+
+Local letter: U, distinct rows of a step.
+"""
 
 from typing import NamedTuple
 
