@@ -22,7 +22,7 @@ from engram_jax.cli import run_command
 from engram_jax.config import Config
 from engram_jax.core.mesh import make_mesh
 from engram_jax.core.run_directory import TOKENIZER
-from engram_jax.data.pipeline import Prepared, prepare
+from engram_jax.data.pipeline import PreparedData, prepare
 from engram_jax.errors import ConfigError
 from engram_jax.memory.vocabulary import check_fingerprint
 from engram_jax.tables.saved_run import load_run
@@ -33,6 +33,8 @@ from engram_jax.training.state import TrainSetup, TrainState, flush, make_setup,
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+  """Arguments of eval.py."""
+
   run: pathlib.Path
   """Folder of a run that train.py wrote."""
   step: int | None = None
@@ -44,9 +46,9 @@ class Args:
   tokens: int = 40
   """Length of each continuation; 0 for none."""
   temperature: float = 0.8
-  """Of the sampled continuation."""
+  """Temperature of the sampled continuation."""
   seed: int = 0
-  """Of the sampled continuation."""
+  """Seed of the sampled continuation."""
   json: bool = False
   """One JSON object on stdout, everything else on stderr."""
 
@@ -64,7 +66,7 @@ def main() -> int:
     setup = make_setup(cfg, data.vocabulary.layout, evaluation_mesh(cfg))
     stack.enter_context(setup.tables)
     state = flush(setup, restore_state(saved.checkpoints, saved.step, setup))
-    result = {"run": str(args.run), "step": saved.step}
+    result: dict[str, Any] = {"run": str(args.run), "step": saved.step}
     result |= losses(setup, state, data, args.batches)
     result["samples"] = samples(setup, state, data, args)
   if args.json:
@@ -75,7 +77,7 @@ def main() -> int:
 
 
 def evaluation_mesh(cfg: Config) -> Mesh:
-  """As many devices as divide the batch, so that tables and parameters are sharded over them."""
+  """A mesh of as many devices as divide the batch, over which tables and parameters are sharded."""
   devices = jax.devices()[:1] if cfg.model.engram.on_host else jax.devices()
   parts = max(n for n in range(1, len(devices) + 1) if cfg.train.batch_size % n == 0)
   return make_mesh({"fsdp": parts}, devices[:parts])
@@ -90,24 +92,25 @@ def check(args: Args) -> None:
     raise ConfigError("--prompt '' is empty; give some text to continue")
 
 
-def losses(setup: TrainSetup, state: TrainState, data: Prepared, batches: int | None) -> dict:
-  """{"memory_on": ..., "memory_off": ...}; without a memory only the first."""
+def losses(setup: TrainSetup, state: TrainState, data: PreparedData, batches: int | None) -> dict:
+  """Evaluates with and without rows: {"memory_on": ..., "memory_off": ...}; without a memory only
+  the first."""
   step, result = make_eval_step(setup), {}
   for name, memory in {"memory_on": True, "memory_off": False}.items():
     if not memory and not setup.tables.layers:
       continue
     with contextlib.closing(data.validation_pipeline().iterate()) as examples:
-      some = itertools.islice(examples, batches)
+      eval_batches = itertools.islice(examples, batches)
       result[name] = evaluate(
-        step, setup, state, some, data.token_bytes, data.sources, memory=memory
+        step, setup, state, eval_batches, data.token_bytes, data.source_names, memory=memory
       )
   return result
 
 
 def samples(
-  setup: TrainSetup, state: TrainState, data: Prepared, args: Args
+  setup: TrainSetup, state: TrainState, data: PreparedData, args: Args
 ) -> list[dict[str, str]]:
-  """Each prompt with its continuations, greedy and sampled."""
+  """Continues each prompt, greedily and sampled."""
   prompts = args.prompt or (setup.config.train.sample_prompt,)
   if not args.tokens:
     return []

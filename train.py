@@ -18,12 +18,18 @@ from engram_jax.cli import parse_config, run_command
 from engram_jax.config import Config
 from engram_jax.core import distributed
 from engram_jax.core.checkpoint import Checkpoints
-from engram_jax.core.mesh import batch_sharding, compute_dtype, make_mesh, process_rows, to_global
+from engram_jax.core.mesh import (
+  batch_sharding,
+  compute_dtype,
+  make_mesh,
+  process_indices,
+  to_global,
+)
 from engram_jax.core.metrics import MetricsWriter
 from engram_jax.core.profiling import TraceWindow, matmul_peak
 from engram_jax.core.run_directory import CHECKPOINTS, PROFILE, RunDirectory, check_config
 from engram_jax.core.signals import StopRequest
-from engram_jax.data.pipeline import Prepared, prepare
+from engram_jax.data.pipeline import PreparedData, prepare
 from engram_jax.errors import EXIT_STOPPED, NonFiniteError
 from engram_jax.memory.vocabulary import check_fingerprint
 from engram_jax.model.counts import count, flops_per_token
@@ -48,7 +54,7 @@ def main() -> int:
   mesh = make_mesh(cfg.mesh_sizes(jax.device_count()))
   is_existing_run = check_config(cfg)
 
-  # --- data, model, and what was decided ----------------------------------------------------
+  # --- data, model and optimizers ----------------------------------------------------
   data = prepare(cfg, log)
   training, validation = data.training_pipeline(), data.validation_pipeline()
   layout, fingerprint = data.vocabulary.layout, data.fingerprint()
@@ -60,7 +66,7 @@ def main() -> int:
   warm_start = None  # another run's weights, for the first step of this one
   if train.init_from and not is_existing_run:
     warm_start = find_warm_start(train.init_from, setup, layout, fingerprint, log)
-  announce(cfg, data, flops, peak, mesh)
+  log_setup(cfg, data, flops, peak, mesh)
 
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(StopRequest())
@@ -70,8 +76,8 @@ def main() -> int:
       Checkpoints(run.path / CHECKPOINTS, keep=train.keep_checkpoints)
     )
 
-    # --- a new run, or where the last one stopped -------------------------------------------
-    start = checkpoints.newest_valid(log) if run.known else None
+    # --- a new run, or the newest checkpoint of an existing one -----------------------------
+    start = checkpoints.newest_valid(log) if run.is_existing else None
     if start is not None:
       check_fingerprint(checkpoints.meta(start), fingerprint, str(run.path))
     if start == train.steps:
@@ -90,7 +96,7 @@ def main() -> int:
 
     # --- the loop ---------------------------------------------------------------------------
     writer = stack.enter_context(MetricsWriter(run.path, cfg.run.tensorboard, resume_step=start))
-    local_rows = process_rows(batch_sharding(mesh), train.batch_size)
+    local_rows = process_indices(batch_sharding(mesh), train.batch_size)
     batches = stack.enter_context(contextlib.closing(training.iterate(start, local_rows)))
     batches = tables.prefetch(state.tables, batches)
     bar = stack.enter_context(progress(start, train.steps))
@@ -121,7 +127,9 @@ def main() -> int:
           with clock.stopped(), contextlib.closing(validation.iterate()) as examples:
             eval_batches = itertools.islice(examples, train.eval_batches)
             state = flush(setup, state)
-            result = evaluate(eval_step, setup, state, eval_batches, data.token_bytes, data.sources)
+            result = evaluate(
+              eval_step, setup, state, eval_batches, data.token_bytes, data.source_names
+            )
           values |= {f"validation/{k}": v for k, v in result.items() if k != "by_source"}
           log(
             f"step {step}: validation loss {result['loss']:.4f}, perplexity "
@@ -141,7 +149,7 @@ def main() -> int:
           )
         writer.text(step, "sample", train.sample_prompt + text)
         log(f"step {step}: {train.sample_prompt}|{text}")
-      stopping = stop_agreed if distributed.several() else stop.requested
+      stopping = stop_agreed if distributed.is_multiprocess() else stop.requested
       if last or stopping or step % train.checkpoint_every == 0:
         with clock.stopped():
           save_state(checkpoints, step, setup, state, fingerprint | {"next_batch": step})
@@ -154,8 +162,8 @@ def main() -> int:
   return 0
 
 
-def announce(cfg: Config, data: Prepared, flops: float, peak: float, mesh: Mesh) -> None:
-  """Says what this run is, before it starts."""
+def log_setup(cfg: Config, data: PreparedData, flops: float, peak: float, mesh: Mesh) -> None:
+  """Logs data, sizes and devices of the run before it starts."""
   parts = count(cfg.model, data.vocabulary.layout)
   tokens = cfg.train.batch_size * cfg.data.sequence_length
   devices = jax.devices()

@@ -175,7 +175,7 @@ def programs(mesh, capacity: float, table, ids, drows) -> dict[str, Side]:
 def compiled(program, rounds: int, *args) -> Side:
   program = program.lower(*args).compile()
   moved = collectives(program.as_text())
-  times = lambda c: c.count if c.known else c.count * (rounds - 1)
+  times = lambda c: c.count if c.is_exact else c.count * (rounds - 1)
   return Side(lambda: program(*args), sum(c.bytes * times(c) for c in moved))
 
 

@@ -1,10 +1,10 @@
-"""What does generation lose with the tables off the device? All sides interleaved in one run.
+"""The speed that generation loses with the tables off the device; all sides in turns in one run.
 
     python train.py
     python benchmarks/offload.py --run runs/tiny [--json]
 
 Sides, each on the same prompts (windows of the run's validation text) with the same model and the
-same float32 rows, greedy, so that all but the first must say the same tokens (checked):
+same float32 rows, greedy, so that all but the first must give the same tokens (checked):
 
     none               the model without its memory: its other layers alone
     device             tables on the device, hashed and looked up inside jit
@@ -23,8 +23,10 @@ import contextlib
 import json
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,11 +34,13 @@ from flax import nnx
 
 from engram_jax.config import EngramConfig
 from engram_jax.inference.decoder import Decoder, Weights
+from engram_jax.inference.extend import RowsFn
 from engram_jax.inference.load import LoadedModel, load_model
-from engram_jax.inference.row_sources import DeviceRows, StoreRows
+from engram_jax.inference.row_sources import DeviceRowSource, StoreRowSource
 from engram_jax.inference.stores.file import FileRows
 from engram_jax.inference.stores.host import HostRows
 from engram_jax.inference.stores.write import write_table_file
+from engram_jax.memory.hash_layout import HashLayout
 from engram_jax.model.lm import LM
 from engram_jax.model.router import RouterBias
 
@@ -52,19 +56,19 @@ RATIOS = {
 
 def main() -> None:
   args = parse_args()
-  opened = load_model(args.run, None, print_nothing)
-  prompts = validation_prompts(opened, args.batch, args.prompt_tokens)
+  model = load_model(args.run, None, print_nothing)
+  prompts = validation_prompts(model, args.batch, args.prompt_tokens)
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(tempfile.TemporaryDirectory(dir=args.folder))
-    sides = make_sides(stack, opened, pathlib.Path(folder), args)
-    times, said = measure(sides, prompts, args)
+    sides = make_sides(stack, model, pathlib.Path(folder), args)
+    times, tokens = measure(sides, prompts, args)
     telemetry = {
-      name: side.source.telemetry.as_dict()
+      name: side.row_source.telemetry.as_dict()
       for name, side in sides.items()
-      if isinstance(side.source, StoreRows)
+      if isinstance(side.row_source, StoreRowSource)
     }
   for name in SIDES[2:]:
-    assert said[name] == said["device"], f"{name} does not say what the device says"
+    assert tokens[name] == tokens["device"], f"{name} gives other tokens than the device"
   report = summary(times, args) | {"rows": telemetry}
   show(report)
   if args.json:
@@ -88,73 +92,74 @@ def print_nothing(text: str) -> None:
   del text
 
 
-def validation_prompts(opened: LoadedModel, count: int, length: int) -> list[list[int]]:
+def validation_prompts(model: LoadedModel, count: int, length: int) -> list[list[int]]:
   """The first `count` stretches of `length` tokens of validation text."""
-  data = opened.data()
-  text, wanted = [], count * length
+  data = model.data()
+  tokens, needed = [], count * length
   with contextlib.closing(data.validation_pipeline().iterate()) as batches:
     for batch in batches:
-      text += np.asarray(batch["tokens"]).reshape(-1).tolist()
-      if len(text) >= wanted:
+      tokens += np.asarray(batch["tokens"]).reshape(-1).tolist()
+      if len(tokens) >= needed:
         break
-  if len(text) < wanted:
-    raise SystemExit(f"the validation text has {len(text)} tokens, not {wanted}: ask for fewer")
-  return [text[i * length : (i + 1) * length] for i in range(count)]
+  if len(tokens) < needed:
+    raise SystemExit(f"the validation text has {len(tokens)} tokens, not {needed}: ask for fewer")
+  return [tokens[i * length : (i + 1) * length] for i in range(count)]
 
 
-def make_sides(stack, opened: LoadedModel, folder: pathlib.Path, args) -> dict[str, Decoder]:
-  weights, tables = opened.weights, opened.tables()
+def make_sides(stack, model: LoadedModel, folder: pathlib.Path, args) -> dict[str, Decoder]:
+  weights, tables = model.weights, model.tables()
   layout, compressor = weights.layout, weights.compressor
+  assert layout is not None, "the run has no memory"
   capacity = args.prompt_tokens + args.new_tokens
   host = stack.enter_context(HostRows.from_tables(tables, layout, compressor.digest))
-  # Two files: what one side has the system forget, the other would find gone.
-  warm, cold = (written(stack, opened, tables, folder / name) for name in ("warm", "cold"))
-  rows = lambda store, **options: stack.enter_context(StoreRows(store, compressor, **options))
-  on_device = DeviceRows(layout, compressor.table, tuple(map(jax.device_put, tables)))
+  # Two files: pages that one side drops from the cache would be missing for the other.
+  warm, cold = (
+    stack.enter_context(write_tables(layout, compressor.digest, tables, folder / name))
+    for name in ("warm", "cold")
+  )
+  row_source = lambda store, **options: stack.enter_context(
+    StoreRowSource(store, compressor, **options)
+  )
+  on_device = DeviceRowSource(layout, compressor.table, tuple(map(jax.device_put, tables)))
   device = Decoder(weights, on_device, capacity, chunk=args.chunk)
   return {
     "none": Decoder(without_memory(weights), None, capacity, chunk=args.chunk),
     "device": device,
-    "host_prefetched": device.with_source(rows(host)),
-    "host_synchronous": device.with_source(rows(host, prefetch=False)),
-    "file_warm": device.with_source(rows(warm)),
-    "file_cold": device.with_source(Forgetful(rows(cold), cold)),
+    "host_prefetched": device.with_row_source(row_source(host)),
+    "host_synchronous": device.with_row_source(row_source(host, overlap=False)),
+    "file_warm": device.with_row_source(row_source(warm)),
+    "file_cold": device.with_row_source(ColdFileSource(row_source(cold), cold)),
   }
 
 
-def written(stack, opened: LoadedModel, tables, path: pathlib.Path) -> FileRows:
-  """The tables as a file of float32 rows, opened."""
-  layout = opened.weights.layout
+def write_tables(
+  layout: HashLayout, token_map_digest: str, tables: list[np.ndarray], path: pathlib.Path
+) -> FileRows:
+  """Writes the tables as a file of float32 rows and opens it."""
   by_layer = dict(zip(layout.layers, tables, strict=True))
-  write_table_file(
-    path,
-    lambda layer: iter([by_layer[layer][: layout.rows[layer]].astype(np.float32)]),
-    layout,
-    opened.weights.compressor.digest,
-    kind="f32",
-    width=tables[0].shape[1],
-    source={},
-  )
-  return stack.enter_context(FileRows(path))
+  blocks = lambda layer: iter([by_layer[layer][: layout.rows[layer]].astype(np.float32)])
+  width = tables[0].shape[1]
+  write_table_file(path, blocks, layout, token_map_digest, kind="f32", width=width, source={})
+  return FileRows(path)
 
 
-class Forgetful:
-  """Rows of a file whose pages the system is asked to forget before each pass."""
+class ColdFileSource:
+  """A row source that drops the file's pages from the page cache before each fetch."""
 
-  def __init__(self, rows: StoreRows, file: FileRows):
-    self.rows, self.file = rows, file
+  def __init__(self, row_source: StoreRowSource, file: FileRows):
+    self.row_source, self.file = row_source, file
 
-  def start(self, *args):
+  def prefetch(self, tokens_BT: Any, count_B: Any, history_BH: Any) -> RowsFn:
     self.file.drop_page_cache()
-    return self.rows.start(*args)
+    return self.row_source.prefetch(tokens_BT, count_B, history_BH)
 
-  def on_demand(self, *args):
+  def on_demand(self, tokens_BT: Any, count_B: Any, history_BH: Any) -> RowsFn:
     self.file.drop_page_cache()
-    return self.rows.on_demand(*args)
+    return self.row_source.on_demand(tokens_BT, count_B, history_BH)
 
 
 def without_memory(weights: Weights) -> Weights:
-  """The same model with no memory: its blocks' other parameters as they are."""
+  """The same model with no memory; its other parameters are unchanged."""
   cfg = weights.cfg.model_copy(update={"engram": EngramConfig(layers=())})
   graphdef, _, _ = nnx.split(
     nnx.eval_shape(lambda: LM(cfg, rngs=nnx.Rngs(0))), nnx.Param, RouterBias
@@ -167,30 +172,34 @@ def without_memory(weights: Weights) -> Weights:
   return weights._replace(cfg=cfg, graphdef=graphdef, params=params, layout=None)
 
 
-def measure(sides: dict[str, Decoder], prompts, args) -> tuple[dict, dict]:
-  """{side: [(prefill, decode) seconds of each repeat]} and the tokens each said."""
-  times, said = {name: [] for name in sides}, {}
+def measure(
+  sides: dict[str, Decoder], prompts: list[list[int]], args: argparse.Namespace
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, list[list[int]]]]:
+  """{side: [(prefill, decode) seconds of each repeat]} and {side: tokens of each request}."""
+  times, tokens = {name: [] for name in sides}, {}
   for repeat in range(args.repeats + 1):
     for name, decoder in sides.items():
-      prefill, decode, tokens = one(decoder, prompts, args.new_tokens)
-      said[name] = tokens
+      prefill, decode, tokens[name] = time_decoder(decoder, prompts, args.new_tokens)
       if repeat:  # the first compiles
         times[name].append((prefill, decode))
-  return times, said
+  return times, tokens
 
 
-def one(decoder: Decoder, prompts, new_tokens: int) -> tuple[float, float, list]:
+def time_decoder(
+  decoder: Decoder, prompts: list[list[int]], new_tokens: int
+) -> tuple[float, float, list[list[int]]]:
+  """Seconds of prefill and of decoding, and the greedy tokens of each request."""
   begin = time.perf_counter()
   logits_BV, state = decoder.prefill(prompts)
   tokens_B = np.asarray(logits_BV.argmax(-1))
   prefill = time.perf_counter() - begin
-  said, count_B = [tokens_B], np.ones(len(prompts), np.int32)
+  steps, count_B = [tokens_B], np.ones(len(prompts), np.int32)
   begin = time.perf_counter()
   for _ in range(new_tokens - 1):
     out = decoder.extend(state, tokens_B[:, None], count_B)
     state, tokens_B = out.state, np.asarray(out.logits.argmax(-1))
-    said.append(tokens_B)
-  return prefill, time.perf_counter() - begin, np.stack(said, 1).tolist()
+    steps.append(tokens_B)
+  return prefill, time.perf_counter() - begin, np.stack(steps, 1).tolist()
 
 
 def summary(times: dict, args) -> dict:
@@ -198,12 +207,12 @@ def summary(times: dict, args) -> dict:
   tokens = (args.batch * args.prompt_tokens, args.batch * (args.new_tokens - 1))
   speeds = {
     f"{kind}_tokens_per_second": {
-      name: round(tokens[i] / median([t[i] for t in of]), 1) for name, of in times.items()
+      name: round(tokens[i] / median([t[i] for t in side]), 1) for name, side in times.items()
     }
     for i, kind in enumerate(("prefill", "decode"))
   }
-  whole = {name: median([sum(t) for t in of]) for name, of in times.items()}
-  ratios = {name: round(whole[a] / whole[b], 4) for name, (a, b) in RATIOS.items()}
+  both = {name: median([sum(t) for t in side]) for name, side in times.items()}
+  ratios = {name: round(both[a] / both[b], 4) for name, (a, b) in RATIOS.items()}
   by_kind = {
     f"{kind}_{name}": round(median([t[i] for t in times[a]]) / median([t[i] for t in times[b]]), 4)
     for i, kind in enumerate(("prefill", "decode"))
@@ -215,18 +224,16 @@ def summary(times: dict, args) -> dict:
 
 
 def show(report: dict) -> None:
-  import sys
-
-  say = lambda text: print(text, file=sys.stderr)
-  say(f"{'':18}{'prefill tokens/s':>18}{'decode tokens/s':>18}{'waited for rows':>18}")
+  log = lambda text: print(text, file=sys.stderr)
+  log(f"{'':18}{'prefill tokens/s':>18}{'decode tokens/s':>18}{'waited for rows':>18}")
   for name in SIDES:
     waited = report["rows"].get(name, {}).get("waited_seconds")
     waited = "" if waited is None else f"{waited:.2f} s"
     prefill, decode = (report[f"{k}_tokens_per_second"][name] for k in ("prefill", "decode"))
-    say(f"{name:18}{prefill:18,.0f}{decode:18,.0f}{waited:>18}")
+    log(f"{name:18}{prefill:18,.0f}{decode:18,.0f}{waited:>18}")
   for name in RATIOS:
     parts = ", ".join(f"{k} {report[f'{k}_{name}']:.3f}" for k in ("prefill", "decode"))
-    say(f"{name}: {report[name]:.3f} ({parts})")
+    log(f"{name}: {report[name]:.3f} ({parts})")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def measure(opened: LoadedModel, batches: int | None) -> dict[str, float]:
     with contextlib.closing(data.validation_pipeline().iterate()) as windows:
       some = itertools.islice(windows, batches)
       found[name] = evaluate(
-        step, setup, state, some, data.token_bytes, data.sources, memory=name != "off"
+        step, setup, state, some, data.token_bytes, data.source_names, memory=name != "off"
       )["loss"]
   return found
 

@@ -31,7 +31,7 @@ from engram_jax.memory.codecs import KINDS, row_bytes
 from engram_jax.memory.hash_layout import HashLayout
 
 TOKENS, COLUMNS = 2048, 16
-NOBODY = "0" * 64  # no tokenizer's token map
+TOKEN_MAP_DIGEST = "0" * 64  # of no tokenizer
 
 
 def main() -> None:
@@ -44,11 +44,11 @@ def main() -> None:
     paths = {kind: pathlib.Path(folder) / kind for kind in KINDS}
     for kind, path in paths.items():
       write(path, kind, args.rows, args.width)
-    taken = [side for _ in range(args.repeats) for side in turn(paths)]
+    results = [side for _ in range(args.repeats) for side in measure(paths)]
     command = [sys.executable, __file__, "--huge", str(pathlib.Path(folder) / "huge")]
     report["huge"] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
   for kind in KINDS:
-    sides = {name: [s for k, n, s in taken if (k, n) == (kind, name)] for _, name, _ in taken}
+    sides = {name: [s for k, n, s in results if (k, n) == (kind, name)] for _, name, _ in results}
     report["kinds"][kind] = {"row_bytes": row_bytes(kind, args.width)} | {
       name: statistics.median(values) for name, values in sides.items()
     }
@@ -69,33 +69,33 @@ def parse_args() -> argparse.Namespace:
 
 
 def write(path: pathlib.Path, kind: str, rows: int, width: int) -> None:
-  """A file of about `rows` random rows in one layer."""
+  """Writes a file of about `rows` random rows in one layer."""
   layout = HashLayout.build("engram", [1], rows // COLUMNS, 3, COLUMNS // 2, 99_092, 2)
   block = np.random.default_rng(0).normal(size=(1 << 14, width)).astype(np.float32)
   total = layout.rows[1]
   blocks = lambda _: (block[: min(len(block), total - at)] for at in range(0, total, len(block)))
-  write_table_file(path, blocks, layout, NOBODY, kind=kind, width=width)
+  write_table_file(path, blocks, layout, TOKEN_MAP_DIGEST, kind=kind, width=width)
 
 
-def turn(paths: dict[str, pathlib.Path]) -> list[tuple[str, str, float]]:
-  """(encoding, side, rows/s or microseconds) of each, once."""
-  rng, taken = np.random.default_rng(), []
+def measure(paths: dict[str, pathlib.Path]) -> list[tuple[str, str, float]]:
+  """(encoding, side, rows/s or microseconds) of each, measured once."""
+  rng, results = np.random.default_rng(), []
   for kind, path in paths.items():
     with FileRows(path) as file:
       host = file.in_memory()
-      many = rng.integers(0, file.rows[0], (1, 1, TOKENS, COLUMNS))
-      one = rng.integers(0, file.rows[0], (1, 1, 1, COLUMNS))
+      prefill_ids = rng.integers(0, file.rows[0], (1, 1, TOKENS, COLUMNS))
+      token_ids = rng.integers(0, file.rows[0], (1, 1, 1, COLUMNS))
       for name, store, drop in (("host", host, False), ("warm", file, False), ("cold", file, True)):
-        for what, ids in (("prefill", many), ("token", one)):
+        for what, ids in (("prefill", prefill_ids), ("token", token_ids)):
           store.fetch(ids)
           if drop:
             file.drop_page_cache()
           seconds = timed(lambda: store.fetch(ids))  # noqa: B023 (called at once)
           if what == "prefill":
-            taken.append((kind, f"{name}_rows_per_second", ids.size / seconds))
+            results.append((kind, f"{name}_rows_per_second", ids.size / seconds))
           else:
-            taken.append((kind, f"{name}_token_microseconds", 1e6 * seconds))
-  return taken
+            results.append((kind, f"{name}_token_microseconds", 1e6 * seconds))
+  return results
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -105,9 +105,9 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def huge(path: pathlib.Path) -> dict:
-  """V4.1's two tables as one sparse file of zeros."""
+  """Figures of V4.1's two tables as one sparse file of zeros."""
   layout = HashLayout.build("deepseek_v41", [1, 14], 16_000_000, 4, 8, 99_092, 2)
-  header = TableHeader.plan(layout, NOBODY, "fp8_e4m3", 256)
+  header = TableHeader.plan(layout, TOKEN_MAP_DIGEST, "fp8_e4m3", 256)
   with open(path, "wb") as file:
     file.truncate(header.file_bytes)
     file.write(header.to_bytes())
@@ -127,7 +127,7 @@ def huge(path: pathlib.Path) -> dict:
 
 
 def peak_bytes() -> int:
-  """Of this process alone; getrusage would include the one that started it."""
+  """Peak memory of this process alone; getrusage would include the one that started it."""
   with open("/proc/self/status") as file:
     return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM"))
 

@@ -4,14 +4,16 @@ A transformer has no primitive for looking knowledge up; Engram gives it one. Ca
 form suffix n-grams, a multiplicative-XOR hash sends each to rows of prime-sized tables, a gate
 driven by the hidden state decides whether to trust what came back, and a short causal convolution
 and the residual branches take it in. Row ids depend on tokens alone, so rows are an argument of the
-model: it never knows whether they came from a sharded table, host memory, a file, or are zeros.
+model, whether they were read from a sharded table, host memory or a file.
 
-The alphabet, in configs, names and einsums (x_BTD is an array of shape [B, T, D]):
+`x_BTD` is an array of shape [B, T, D]. These nine letters mean one thing everywhere:
 
   B batch    T time    D model width    G residual branches (mHC streams)    V vocabulary
-  N largest n-gram order    K hash heads per order    J = (N-1) K columns
-  C width of one row    M = J C memory width of one token    R rows of one layer's table
-  E routed experts
+  J hash heads: (orders) x (heads per order)    C width of one row
+  M = J C memory width of a token    R rows of one table
+
+Any other letter is local to its file, whose first docstring declares it. A capital is a complete
+axis, lower case this device's share of it (t_rC).
 
 Importing the package touches no device and imports no jax.
 """

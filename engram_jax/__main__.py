@@ -4,11 +4,12 @@ import importlib
 import importlib.util
 import pathlib
 import sys
+from types import ModuleType
 
 import engram_jax
 from engram_jax.cli import run_command
 
-# `main(words)` of engram_jax/commands/NAME.py, imported when it is called: plan needs no jax.
+# `main(argv)` of engram_jax/commands/NAME.py, imported when it is called: plan needs no jax.
 COMMANDS = {
   "analyze": "Numbers and pictures of what a memory does: its gates over a text.",
   "convert": "Tables and weights in other forms: table files, and what `convert --help` lists.",
@@ -25,7 +26,7 @@ SCRIPTS = {
 
 
 def main() -> int:
-  """Runs the command that the command line names."""
+  """Runs the command that the command line names; returns its exit code."""
   name = sys.argv[1] if len(sys.argv) > 1 else "--help"
   if name in ("-h", "--help"):
     print(f"usage: python -m engram_jax COMMAND [--help] [OPTIONS]\n\n{__doc__}\n")
@@ -37,22 +38,24 @@ def main() -> int:
     return 0
   if name in SCRIPTS:
     sys.argv = [f"python -m engram_jax {name}", *sys.argv[2:]]
-    return _script(name).main()
+    return _load_script(name).main()
   if name not in COMMANDS:
-    known = ", ".join(SCRIPTS | COMMANDS)
-    print(f"error: no command {name!r}; there are: {known}", file=sys.stderr)
+    names = ", ".join(SCRIPTS | COMMANDS)
+    print(f"error: no command {name!r}; there are: {names}", file=sys.stderr)
     return 2
   return importlib.import_module(f"engram_jax.commands.{name}").main(sys.argv[2:])
 
 
-def _script(name: str):
+def _load_script(name: str) -> ModuleType:
   """train.py or eval.py as a module."""
   package = pathlib.Path(__file__).parent
   installed, beside = package / "scripts" / f"{name}.py", package.parent / f"{name}.py"
-  spec = importlib.util.spec_from_file_location(
-    f"engram_jax_{name}", installed if installed.exists() else beside
-  )
+  path = installed if installed.exists() else beside
+  spec = importlib.util.spec_from_file_location(f"engram_jax_{name}", path)
+  assert spec is not None, path
+  assert spec.loader is not None, path
   module = importlib.util.module_from_spec(spec)
+  sys.modules[module.__name__] = module  # where tyro finds the source of its options' help
   spec.loader.exec_module(module)
   return module
 

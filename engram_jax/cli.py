@@ -1,4 +1,4 @@
-"""The command line: `--config FILE` and any field by its dotted path, and the exit codes.
+"""The command line: `--config FILE` and any field by its dotted path, kinds, and the exit codes.
 
 tyro makes the options, help and spelling suggestions from the config's fields; it builds plain
 dicts, so that every check and message is config's own.
@@ -6,7 +6,8 @@ dicts, so that every check and message is config's own.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import pydantic
 import tyro
@@ -23,37 +24,59 @@ from engram_jax.errors import ConfigError, EngramError
 DEFAULT_CONFIG = "configs/tiny.yaml"
 
 
-def parse_config(prog: str, description: str, args: Sequence[str] | None = None) -> Config:
+def parse_config(prog: str, description: str, argv: Sequence[str] | None = None) -> Config:
   """The config of `--config FILE` (default configs/tiny.yaml) with the other options laid over it.
 
-  Raises ConfigError for values that contradict; leaves with code 2 for words it does not know.
+  Raises ConfigError for values that contradict; leaves with code 2 for options it does not know.
   """
-  first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  first.add_argument("--config", default=DEFAULT_CONFIG)
-  known, rest = first.parse_known_args(args)
-  _refuse_repeated(rest)
-  base = load_config(known.config)
-  about = f"{description}\n\n--config FILE sets the defaults below (now: {known.config})."
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  parser.add_argument("--config", default=DEFAULT_CONFIG)
+  args, options = parser.parse_known_args(argv)
+  _check_unrepeated(options)
+  about = f"{description}\n\n--config FILE sets the defaults below (now: {args.config})."
   tree = tyro.cli(
     Config,
     prog=prog,
     description=about,
-    args=rest,
-    default=base,
-    registry=_plain_dicts(),
+    args=options,
+    default=load_config(args.config),
+    registry=_dict_registry(),
     config=(tyro.conf.FlagConversionOff,),  # `--field True`, as for every other field
   )
-  return build(tree, where="command line")
+  return build(cast(dict[str, Any], tree), where="command line")  # dicts, by the registry
 
 
-def _refuse_repeated(args: Sequence[str]) -> None:
-  """An option given twice contradicts itself; the parser would take the last without a word."""
+def _check_unrepeated(options: Sequence[str]) -> None:
+  """Raises ConfigError for an option given twice, of which the parser would take the last."""
   seen = set()
-  for word in args:
-    name = word.split("=", 1)[0].replace("-", "_")
-    if word.startswith("--") and name in seen:
-      raise ConfigError(f"command line: {word.split('=', 1)[0]} is given twice: give it once")
+  for option in options:
+    name = option.split("=", 1)[0].replace("-", "_")
+    if option.startswith("--") and name in seen:
+      raise ConfigError(f"command line: {option.split('=', 1)[0]} is given twice: give it once")
     seen.add(name)
+
+
+def _dict_registry() -> ConstructorRegistry:
+  """tyro's rules with one more: a pydantic model is built as a dict of its fields."""
+  registry = ConstructorRegistry()
+
+  @registry.struct_rule
+  def config_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+    model = info.type
+    if not (isinstance(model, type) and issubclass(model, pydantic.BaseModel)):
+      return None
+    fields = tuple(
+      StructFieldSpec(
+        name,
+        cast(type, field.annotation),  # ty: any annotation will do
+        getattr(info.default, name),
+        field.description or "",
+      )
+      for name, field in model.model_fields.items()
+    )
+    return StructConstructorSpec(instantiate=lambda **values: values, fields=fields)
+
+  return registry
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -63,24 +86,41 @@ def run_command(main: Callable[[], int | None]) -> None:
   except EngramError as error:
     print(f"error: {error}", file=sys.stderr)
     code = error.exit_code
-  except BrokenPipeError:  # the reader of our output has gone (`| head`): nothing left to say
+  except BrokenPipeError:  # the reader of our output has closed it (`| head`)
     code = 0
     sys.stderr.close()
   sys.exit(code)
 
 
-def _plain_dicts() -> ConstructorRegistry:
-  registry = ConstructorRegistry()
+def run_kind(
+  command: str,
+  kinds: Mapping[str, Callable[[Sequence[str]], int]],
+  argv: Sequence[str],
+  *,
+  about: str | None,
+  unknown: str,
+) -> int:
+  """Runs the kind of a command that its first argument names; returns the exit code.
 
-  @registry.struct_rule
-  def config_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
-    kind = info.type
-    if not (isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)):
-      return None
-    fields = tuple(
-      StructFieldSpec(name, field.annotation, getattr(info.default, name), field.description or "")
-      for name, field in kind.model_fields.items()
-    )
-    return StructConstructorSpec(instantiate=lambda **values: values, fields=fields)
+  Args:
+    command: its name on the command line.
+    kinds: functions of the arguments after the kind; `--help` shows the first line of their
+      docstrings.
+    about: what `--help` says above the kinds.
+    unknown: begins the message about a name that is no kind, for which the code is 2.
+  """
+  name = argv[0] if argv else "--help"
+  if name in ("-h", "--help"):
+    print(f"usage: python -m engram_jax {command} KIND [--help] [OPTIONS]\n\n{about}\n")
+    for kind, function in kinds.items():
+      print(f"  {kind:14}{(function.__doc__ or '').splitlines()[0]}")
+    return 0
+  if name not in kinds:
+    print(f"error: {unknown} {name!r}; there are: {', '.join(kinds)}", file=sys.stderr)
+    return 2
+  return kinds[name](argv[1:])
 
-  return registry
+
+def log(message: str) -> None:
+  """Prints a line to stderr, which is for people; stdout is for results."""
+  print(message, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What can go wrong, and the exit code each kind leaves with.
+"""Errors by kind, and the exit code that each leaves with.
 
 0 done, 2 bad configuration or input, 3 data, 4 non-finite, 5 storage, 75 stopped by a signal
 after saving (sysexits' EX_TEMPFAIL: run the same command again).
@@ -8,7 +8,7 @@ EXIT_STOPPED = 75
 
 
 class EngramError(Exception):
-  """Something a user can act on: the message names the field, the value and what is valid."""
+  """An error that a user can act on: the message names the field, the value and what is valid."""
 
   exit_code = 1
 
@@ -26,7 +26,7 @@ class DataError(EngramError):
 
 
 class NonFiniteError(EngramError):
-  """Too many steps in a row gave a loss or a gradient that is not a number."""
+  """Too many successive steps with a loss or a gradient that is not finite."""
 
   exit_code = 4
 

@@ -25,6 +25,10 @@ from engram_jax.cli import run_command
 from engram_jax.config import Config, RunConfig
 from engram_jax.memory.hash_layout import HashLayout
 
+# XLA's older emitters of kernels for CPUs compile in half the time, to the same numbers. The flags
+# are read when the first program is compiled, and by the processes that tests start.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+
 ROOT = pathlib.Path(engram_jax.__file__).parents[1]
 TEXTS = ("bisect", "copy", "dis", "heapq")  # modules of the standard library, read as text
 
@@ -67,7 +71,7 @@ class Lab(NamedTuple):
 
   folder: pathlib.Path
   config: pathlib.Path
-  compiled: pathlib.Path
+  compilation: dict[str, object]
   train: ModuleType
   eval: ModuleType
 
@@ -99,13 +103,8 @@ class Lab(NamedTuple):
   @property
   def environment(self) -> dict[str, str]:
     """In which a Python process finds the programs compiled here."""
-    return os.environ | {
-      "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-      "PYTHONPATH": str(ROOT),
-    }
+    options = {name.upper(): str(value) for name, value in self.compilation.items()}
+    return os.environ | options | {"PYTHONPATH": str(ROOT)}
 
   def process(self, *words: object) -> subprocess.CompletedProcess:
     """A Python process in that environment, run to its end."""
@@ -122,6 +121,48 @@ def load_command(name: str) -> ModuleType:
   return module
 
 
+@pytest.fixture(scope="session")
+def quick_compilation(tmp_path_factory) -> dict[str, object]:
+  """The jax options of quick compilation: each program once in a session, and not optimized."""
+  return {
+    "jax_disable_most_optimizations": True,
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+  }
+
+
+@contextlib.contextmanager
+def options_set(options: dict[str, object]) -> Iterator[None]:
+  """jax compiles with these options; programs from before are compiled again."""
+  before = {name: jax.config.values[name] for name in options}
+
+  def update(values: dict[str, object]) -> None:
+    for name, value in values.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    jax.clear_caches()
+
+  update(options)
+  yield
+  update(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiles_quickly(quick_compilation) -> Iterator[None]:
+  """Programs are compiled quickly rather than well, unless a test uses `optimized`."""
+  with options_set(quick_compilation):
+    yield
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Iterator[None]:
+  """From here to the end of the file programs are compiled as they are for a user: for tests that
+  read a program or measure it."""
+  with options_set({"jax_disable_most_optimizations": False, "jax_compilation_cache_dir": None}):
+    yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_programs() -> Iterator[None]:
   """Compiled programs end with their file: each holds memory mappings, of which a process may have
@@ -132,8 +173,8 @@ def few_programs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory) -> Lab:
-  """What every laboratory shares: corpus, config, and a folder of compiled programs."""
+def built(tmp_path_factory, quick_compilation) -> Lab:
+  """What every laboratory shares: the corpus, a config that names it, the commands."""
   folder = tmp_path_factory.mktemp("lab")
   (folder / "text").mkdir()
   for name in TEXTS:
@@ -143,30 +184,11 @@ def built(tmp_path_factory) -> Lab:
   config.write_text(yaml.safe_dump(TINY | {"data": data}))
   commands = [load_command(name) for name in ("train", "eval")]
   share_programs(commands)
-  return Lab(folder, config, folder / "compiled", *commands)
+  return Lab(folder, config, quick_compilation, *commands)
 
 
 @pytest.fixture(scope="module")
-def quick(built) -> Iterator[None]:
-  """Programs are compiled once for all tests, and quickly rather than well."""
-  options = {
-    "jax_disable_most_optimizations": True,
-    "jax_compilation_cache_dir": str(built.compiled),
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": 0,
-  }
-  before = {name: jax.config.values[name] for name in options}
-  for name, value in options.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def lab(quick, built, tmp_path_factory) -> Lab:
+def lab(built, tmp_path_factory) -> Lab:
   """With a folder of its own for runs."""
   return built._replace(folder=tmp_path_factory.mktemp("runs"))
 

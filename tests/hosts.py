@@ -1,4 +1,4 @@
-"""Several real processes on this machine, joined over loopback, as several hosts would be."""
+"""Several processes on this machine, joined over loopback as several hosts would be."""
 
 import os
 import pathlib
@@ -41,63 +41,65 @@ def main():
 """
 
 
-class Ended(NamedTuple):
+class ProcessResult(NamedTuple):
+  """Exit code, lines of stdout and text of stderr of a process."""
+
   code: int
   out: list[str]
   err: str
 
 
 def free_port() -> int:
+  """A port of this machine that nothing listened on a moment ago."""
   with socket.create_server(("127.0.0.1", 0)) as server:
     return server.getsockname()[1]
 
 
-def spawn(
+def spawn_processes(
   body: str,
   arguments: Sequence[object] = (),
   *,
   processes: int = 2,
-  started: Sequence[int] | None = None,
+  process_ids: Sequence[int] | None = None,
   devices: int = 4,
   timeout: int = 60,
 ) -> list[subprocess.Popen]:
-  """Starts `def body(): ...` in all processes, or those of `started`, each with its devices."""
+  """Starts `def body(): ...` in all processes, or those of `process_ids`, each with its devices."""
   port = free_port()
   script = START + textwrap.dedent(body) + '\nif __name__ == "__main__":\n  run_command(main)\n'
-  flags = f"--xla_force_host_platform_device_count={devices}"
+  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
-  words = [*map(str, arguments)]
   return [
     subprocess.Popen(
-      [sys.executable, "-c", script, *map(str, (number, processes, port, timeout)), *words],
+      [sys.executable, "-c", script, *map(str, (process, processes, port, timeout, *arguments))],
       env=environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
     )
-    for number in (range(processes) if started is None else started)
+    for process in (range(processes) if process_ids is None else process_ids)
   ]
 
 
-def ended(running: list[subprocess.Popen], seconds: float = 120) -> list[Ended]:
-  """How each ended; kills all of them where one does not."""
+def wait_for_all(processes: list[subprocess.Popen], seconds: float = 120) -> list[ProcessResult]:
+  """Waits until all processes have ended, and kills all of them where one does not."""
   deadline = time.monotonic() + seconds
   results = []
   try:
-    for process in running:
+    for process in processes:
       out, err = process.communicate(timeout=max(1, deadline - time.monotonic()))
       lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
-      results.append(Ended(process.returncode, lines, err))
+      results.append(ProcessResult(process.returncode, lines, err))
   finally:
-    for process in running:
+    for process in processes:
       process.kill()
       process.wait()
   return results
 
 
-def together(body: str, *arguments: object, **options: int) -> list[list[str]]:
-  """What each process printed; all of them must end well."""
-  results = ended(spawn(body, arguments, **options))
+def run_processes(body: str, *arguments: object, **options: int) -> list[list[str]]:
+  """Runs processes to their ends, which must be good; the lines that each printed."""
+  results = wait_for_all(spawn_processes(body, arguments, **options))
   for result in results:
     assert result.code == 0, result.err[-4000:]
   return [result.out for result in results]

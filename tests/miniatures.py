@@ -47,17 +47,17 @@ def write_folder(path: pathlib.Path, config: dict, tensors: Mapping[str, Raw], s
   (path / "config.json").write_text(json.dumps(config))
   (path / "tokenizer.json").write_text(tokenizer().to_str())
   weight_map, names = {}, list(tensors)
-  for i, some in enumerate(np.array_split(np.arange(len(names)), shards), 1):
+  for i, positions in enumerate(np.array_split(np.arange(len(names)), shards), 1):
     file = f"model-{i:05}-of-{shards:05}.safetensors"
-    mine = {names[j]: tensors[names[j]] for j in some}
-    write_file(path / file, header_of(mine), b"".join(t.data for t in mine.values()))
-    weight_map |= dict.fromkeys(mine, file)
+    shard = {names[j]: tensors[names[j]] for j in positions}
+    write_file(path / file, header_of(shard), b"".join(t.data for t in shard.values()))
+    weight_map |= dict.fromkeys(shard, file)
   index = {"metadata": {}, "weight_map": weight_map}
   (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def read_folder(path: pathlib.Path) -> dict[str, Raw]:
-  """Every tensor of every file of a folder, by its own header; the index must agree."""
+  """All tensors of a folder by its files' headers, with which the index must agree."""
   found = {}
   weight_map = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
   for file in sorted(path.glob("*.safetensors")):
@@ -75,17 +75,17 @@ def read_folder(path: pathlib.Path) -> dict[str, Raw]:
 
 def tokenizer() -> tokenizers.Tokenizer:
   """A byte-level BPE with three special tokens: 0 ends a text, 2 is padding."""
-  made = tokenizers.Tokenizer(models.BPE())
-  made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  made.decoder = decoders.ByteLevel()
+  bpe = tokenizers.Tokenizer(models.BPE())
+  bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  bpe.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
     vocab_size=280,
     special_tokens=["<|endoftext|>", "<|bos|>", "<|pad|>"],
     initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     show_progress=False,
   )
-  made.train_from_iterator([TEXT], trainer)
-  return made
+  bpe.train_from_iterator([TEXT], trainer)
+  return bpe
 
 
 def primes_from(start: int, count: int, taken: set[int]) -> list[int]:
@@ -117,8 +117,8 @@ V41 = {  # text_config; D is no multiple of 32, so a block of the projection hol
 
 def v41_primes(text: dict = V41) -> dict[int, list[int]]:
   taken: set[int] = set()
-  K, orders = text["engram_n_heads"], text["engram_max_ngram_size"] - 1
-  take = lambda: primes_from(text["engram_vocab_size"], K, taken)
+  heads, orders = text["engram_n_heads"], text["engram_max_ngram_size"] - 1
+  take = lambda: primes_from(text["engram_vocab_size"], heads, taken)
   return {layer: [p for _ in range(orders) for p in take()] for layer in text["engram_layer_ids"]}
 
 

@@ -12,7 +12,7 @@ import engram_jax
 
 PACKAGE = pathlib.Path(engram_jax.__file__).parent
 
-# What the modules of each room may import from, besides their own room.
+# The folders and files of the package that those in each may import, besides their own.
 BASE = {"errors", "config"}
 MODEL = BASE | {"core", "memory", "tables"}
 MAY_IMPORT = {
@@ -59,16 +59,17 @@ def imported(path: pathlib.Path) -> set[str]:
   return found
 
 
-def room(path: pathlib.Path) -> str:
+def top_name(path: pathlib.Path) -> str:
+  """The folder of the package that holds a file, or the name of a file beside them."""
   return path.parts[0].removesuffix(".py")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_imports_point_one_way(path):
   parts = (name.split(".") for name in imported(path))
-  rooms = {part[1] for part in parts if part[0] == "engram_jax" and len(part) > 1}
-  allowed = MAY_IMPORT[room(path)] | {room(path)}
-  assert rooms <= allowed, f"{path} imports {sorted(rooms - allowed)}"
+  imports = {part[1] for part in parts if part[0] == "engram_jax" and len(part) > 1}
+  allowed = MAY_IMPORT[top_name(path)] | {top_name(path)}
+  assert imports <= allowed, f"{path} imports {sorted(imports - allowed)}"
 
 
 @pytest.mark.parametrize("path", WITHOUT_JAX)
@@ -79,15 +80,15 @@ def test_the_numpy_half_imports_numpy_halves_only(path):
 
 
 def test_package_files_are_docstrings_alone():
-  promised = {PACKAGE / room / "__init__.py" for room in ("config", "tables")}  # imports of users
-  for path in set(PACKAGE.rglob("__init__.py")) - promised:
+  public = {PACKAGE / name / "__init__.py" for name in ("config", "tables")}  # these import names
+  for path in set(PACKAGE.rglob("__init__.py")) - public:
     body = ast.parse(path.read_text()).body
-    rest = body[1:] if path.parent != PACKAGE else [n for n in body[1:] if not version(n)]
+    rest = body[1:] if path.parent != PACKAGE else [n for n in body[1:] if not is_version(n)]
     assert isinstance(body[0], ast.Expr), path
     assert rest == [], path
 
 
-def version(node: ast.stmt) -> bool:
+def is_version(node: ast.stmt) -> bool:
   return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"
 
 

@@ -1,1 +1,1 @@
-"""Looking into a trained model."""
+"""Analyses of a trained model: pictures of its gates."""

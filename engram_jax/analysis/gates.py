@@ -1,13 +1,14 @@
 """Engram's gates over text: each token coloured by how far its gate was open.
 
-A gate is the scalar in (0, 1) that scales what a position reads from the memory; it comes from
-`probes["gate"]` of a model's or an Engram's forward pass, shaped [B, T, G] with one gate for each
-residual branch. These functions draw one sequence, after a mean over G or the choice of one branch.
+A gate is the scalar in (0, 1) that scales what a position reads from the memory. A model's or an
+Engram's forward pass returns it as `probes["gate"]`, [B, T, G], one for each residual branch. These
+functions draw one sequence, whose gates are means over G or those of one branch.
 """
 
 import html
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,20 +16,20 @@ OPEN_RGB = (204, 51, 17)
 """Colour of a gate of 1 on white; a gate of 0 leaves the page white."""
 
 
-def gates_html(pieces: Sequence[str], gates: np.ndarray) -> str:
-  """One <span> per token, its background deeper the wider its gate; a legend below.
+def gates_html(tokens: Sequence[str], gates_T: np.ndarray) -> str:
+  """HTML of a text: one <span> per token, coloured by its gate, and a legend below.
 
   Args:
-    pieces: T decoded tokens; their text is escaped.
-    gates: [T] floats in [0, 1].
+    tokens: T decoded tokens; they are escaped.
+    gates_T: floats [T] in [0, 1].
 
   Raises:
     ValueError: lengths differ, or a gate is not a number in [0, 1].
   """
-  gates = _checked(pieces, gates)
+  gates_T = _check_gates(tokens, gates_T)
   spans = "".join(
-    f'<span title="{gate:.3f}" style="background:{_colour(gate)}">{html.escape(piece)}</span>'
-    for piece, gate in zip(pieces, gates, strict=True)
+    f'<span title="{gate:.3f}" style="background:{_colour(gate)}">{html.escape(token)}</span>'
+    for token, gate in zip(tokens, gates_T, strict=True)
   )
   ramp = f"linear-gradient(to right, {_colour(0.0)}, {_colour(1.0)})"
   legend = (
@@ -40,56 +41,61 @@ def gates_html(pieces: Sequence[str], gates: np.ndarray) -> str:
 
 
 def gates_png(
-  pieces: Sequence[str], gates: np.ndarray, path: pathlib.Path | str, width: int = 72
+  tokens: Sequence[str], gates_T: np.ndarray, path: pathlib.Path | str, width: int = 72
 ) -> None:
-  """Writes the same as a picture: the text in lines of `width` characters, and a legend, as PNG.
+  """Writes a PNG of a text: coloured tokens in lines of `width` characters, and a legend below.
 
-  Needs the extra `colab`. Arguments and errors as `gates_html`.
+  Needs the extra `colab`. Arguments and errors are as in `gates_html`.
   """
-  gates = _checked(pieces, gates)
-  # Imported here: matplotlib is an extra, and slow to import. A Figure of its own, without pyplot,
-  # needs no display and leaves no global state.
+  gates_T = _check_gates(tokens, gates_T)
+  # Imported here: matplotlib is an extra, and slow to import. A Figure made without pyplot needs no
+  # display and leaves no global state.
   from matplotlib.figure import Figure
   from matplotlib.patches import Rectangle
 
   # A dollar sign would start matplotlib's mathematics; whitespace alone would not show.
-  shown = [piece.replace("\n", "↵").replace("$", r"\$") for piece in pieces]
-  lines = _lines([len(piece.replace("\n", "↵")) for piece in pieces], width)
-  figure = Figure(figsize=(0.115 * width, 0.32 * (lines[-1][0] + 3)), dpi=120)
+  labels = [token.replace("\n", "↵").replace("$", r"\$") for token in tokens]
+  boxes = _boxes(list(map(len, tokens)), width)
+  legend_line = boxes[-1][0] + 2
+  figure = Figure(figsize=(0.115 * width, 0.32 * (legend_line + 1)), dpi=120)
   axes = figure.add_axes((0.01, 0.02, 0.98, 0.96))
-  axes.set(xlim=(0, width), ylim=(lines[-1][0] + 3, 0))
+  axes.set(xlim=(0, width), ylim=(legend_line + 1, 0))
   axes.axis("off")
-  text = {"family": "monospace", "fontsize": 11, "va": "center"}
-  cells = [(*cell, *what) for cell, what in zip(lines, zip(shown, gates, strict=True), strict=True)]
-  end = lines[-1][0] + 2
-  legend = [(end, 11 + i, 1, "", i / 10) for i in range(11)]
-  for line, column, size, piece, gate in (*cells, *legend):
-    box = Rectangle((column, line + 0.08), size, 0.84, color=_colour(gate), linewidth=0)
-    axes.add_patch(box)
-    axes.text(column, line + 0.5, piece, **text)
-  axes.text(10.5, end + 0.5, "gate 0", ha="right", **text)
-  axes.text(22.5, end + 0.5, "1", **text)
+  font: dict[str, Any] = {"family": "monospace", "fontsize": 11, "va": "center"}
+
+  def draw(line: int, column: int, size: int, label: str, gate: float) -> None:
+    axes.add_patch(Rectangle((column, line + 0.08), size, 0.84, color=_colour(gate), linewidth=0))
+    axes.text(column, line + 0.5, label, **font)
+
+  for box, label, gate in zip(boxes, labels, gates_T, strict=True):
+    draw(*box, label, gate)
+  for i in range(11):
+    draw(legend_line, 11 + i, 1, "", i / 10)
+  axes.text(10.5, legend_line + 0.5, "gate 0", ha="right", **font)
+  axes.text(22.5, legend_line + 0.5, "1", **font)
   figure.savefig(path, format="png")
 
 
-def _lines(sizes: Sequence[int], width: int) -> list[tuple[int, int, int]]:
-  """(line, column, size) of pieces of so many characters, broken into lines of `width`."""
-  cells, line, column = [], 0, 0
+def _boxes(sizes: Sequence[int], width: int) -> list[tuple[int, int, int]]:
+  """(line, column, size) of tokens of `sizes` characters, broken into lines of `width`."""
+  boxes, line, column = [], 0, 0
   for size in sizes:
     if column and column + size > width:
       line, column = line + 1, 0
-    cells.append((line, column, size))
+    boxes.append((line, column, size))
     column += size
-  return cells
+  return boxes
 
 
-def _checked(pieces: Sequence[str], gates: np.ndarray) -> np.ndarray:
-  gates = np.asarray(gates, np.float32)
-  if gates.shape != (len(pieces),):
-    raise ValueError(f"gates have shape {gates.shape}; {len(pieces)} pieces need ({len(pieces)},)")
-  if not np.all((gates >= 0) & (gates <= 1)):
+def _check_gates(tokens: Sequence[str], gates_T: np.ndarray) -> np.ndarray:
+  gates_T = np.asarray(gates_T, np.float32)
+  if gates_T.shape != (len(tokens),):
+    raise ValueError(
+      f"gates have shape {gates_T.shape}; {len(tokens)} pieces need ({len(tokens)},)"
+    )
+  if not np.all((gates_T >= 0) & (gates_T <= 1)):
     raise ValueError("gates must be numbers from 0 to 1")
-  return gates
+  return gates_T
 
 
 def _colour(gate: float) -> str:

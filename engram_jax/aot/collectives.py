@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices and which arrays it makes, read from its text.
+"""Collectives of a compiled program and the arrays that it makes, read from its text.
 
 Contracts about a mesh ("the table never travels", "no gradient is as large as the table") are
 checked on the program that the compiler made, not on the one that was written.
@@ -35,20 +35,20 @@ class Collective(NamedTuple):
   shapes: tuple[Array, ...]
   """The arrays counted in `bytes`, of one device: results of an all-gather, else operands."""
   bytes: int
-  """Of one execution on one device: the size of `shapes`. An upper bound of what the device sends
-  or receives: its own part of an all-gather or all-to-all stays, and how often an all-reduce
-  passes a byte on is up to the interconnect's algorithm."""
+  """Size of `shapes`: an upper bound of the bytes that one device sends or receives in one
+  execution, since its own part of an all-gather or all-to-all stays, and the interconnect's
+  algorithm decides how often an all-reduce passes a byte on."""
   count: int
   """Executions: the product of the trip counts around it."""
-  known: bool
+  is_exact: bool
   """False if an enclosing loop's trip count depends on data (counted once), or in a branch that
   may not be taken (counted as taken)."""
   op_name: str
-  """Where in the Python program it comes from."""
+  """Its origin in the Python program."""
 
 
 def collectives(text: str) -> list[Collective]:
-  """Every collective of a compiled program, in the order printed; an async pair is one."""
+  """Returns the collectives of a compiled program, in the order printed; an async pair is one."""
   program = parse(text)
   times = executions(program)
   found = []
@@ -65,12 +65,12 @@ def collectives(text: str) -> list[Collective]:
 
 
 def collective_bytes(text: str) -> int:
-  """Of all collectives, loops counted: what `Collective.bytes` says, times `count`."""
+  """Bytes of all collectives, loops counted: `Collective.bytes` times `count`."""
   return sum(found.bytes * found.count for found in collectives(text))
 
 
 def arrays(text: str) -> set[Array]:
-  """Every array that any instruction of the program has as (part of) its result, fused or not."""
+  """Returns every array that is (part of) the result of an instruction, fused or not."""
   return {array for _, instruction in parse(text).instructions() for array in instruction.arrays}
 
 
@@ -80,7 +80,7 @@ def largest_arrays(text: str, number: int = 10) -> list[Array]:
 
 
 def has_array_with_rows(text: str, rows: int) -> bool:
-  """Whether any array, fused or not, has a dimension of this size."""
+  """Says whether any array, fused or not, has a dimension of this size."""
   return any(rows in array.dims for array in arrays(text))
 
 
@@ -101,7 +101,7 @@ def makers(text: str, rows: int) -> list[Instruction]:
 def compile_with_text(
   lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None
 ) -> tuple[jax.stages.Compiled, str]:
-  """The compiled program and its text, for a TPU as well; `options` are the compiler's.
+  """Returns the compiled program and its text, for a TPU as well; `options` are the compiler's.
 
   On TPU `compiled.as_text()` cannot print a program that hands gathers or scatters to the
   SparseCores (XLA refuses its own async-update instructions), so the compiler writes the text.
@@ -111,7 +111,7 @@ def compile_with_text(
     compiled = lowered.compile(compiler_options={**dump, **(options or {})})
     written = sorted(pathlib.Path(folder).glob("*.after_codegen.txt"))
     if not written:  # only the TPU compiler writes it
-      return compiled, compiled.as_text()
+      return compiled, compiled.as_text() or ""
     return compiled, "\n".join(path.read_text() for path in written)
 
 

@@ -1,4 +1,4 @@
-"""What a compiled program computes, loops counted: XLA's own cost analysis counts a body once.
+"""FLOPs and time of a compiled program, loops counted: XLA's cost analysis counts a body once.
 
 FLOPs are those of matrix products, convolutions and kernels, of one device. Seconds follow XLA's
 model, an instruction after the other, each as slow as its FLOPs or its memory traffic at the
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from engram_jax.aot.hlo_loops import executions
 from engram_jax.aot.hlo_text import Computation, Instruction, Program, parse
 
-# Instructions without traffic of their own: what they hold or call is counted where it stands.
+# Instructions without memory traffic of their own: that of what they call is counted there.
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional")
 FREE += ("call", "async-start", "async-update", "async-done", "after-all", "partition-id")
 # Matrix products of each attention kernel, as multiples of T x T x the width of keys and of values;
@@ -25,7 +25,7 @@ UNKNOWN = 'custom_call_target="ConcatBitcast"'
 
 
 class Rates(NamedTuple):
-  """Of one device, as the compiler's cost model has them."""
+  """The speed of one device, as the compiler's cost model has it."""
 
   flops: float
   """FLOP/s."""
@@ -34,22 +34,23 @@ class Rates(NamedTuple):
 
 
 class Cost(NamedTuple):
+  """The cost of one run of a program on one device."""
+
   flops: int
-  """Of one device in one run of the program."""
   missing_seconds: float
-  """To add to `cost_analysis()["optimal_seconds"]`: the trips of loops after the first, the
-  attention kernels, which tell XLA nothing, and the second that it takes off for what it does not
-  know (UNKNOWN)."""
+  """Seconds to add to `cost_analysis()["optimal_seconds"]`: trips of loops after the first,
+  attention kernels, whose cost XLA does not know, and the second that it subtracts for each call
+  that it does not know (UNKNOWN)."""
   modelled_seconds: float
-  """The whole program by this file's model: XLA's, but a gather reads its rows, not the table."""
-  told_seconds: float
+  """Seconds of the program by this file's model: XLA's, but a gather reads its rows alone."""
+  xla_seconds: float
   """The part of them that XLA counts: near `optimal_seconds` of a program without gathers."""
   uncounted: tuple[str, ...]
-  """Kernels that tell XLA nothing and are not known here either."""
+  """Kernels whose cost neither XLA nor this file knows."""
 
 
 def cost(text: str, rates: Rates) -> Cost:
-  """FLOPs with loops counted, and the seconds that XLA leaves out.
+  """Computes FLOPs with loops counted, and the seconds that XLA leaves out.
 
   A loop whose trip count depends on data counts once. Attention kernels (splash) count half of
   their scores, as a causal mask leaves.
@@ -74,7 +75,7 @@ def cost(text: str, rates: Rates) -> Cost:
 
 
 def kernels(text: str) -> dict[str, int]:
-  """The kernels written by hand (Pallas) that the program calls, and how often."""
+  """Counts the executions of the kernels written by hand (Pallas) that the program calls."""
   program = parse(text)
   times = executions(program)
   found: dict[str, int] = {}
@@ -86,16 +87,17 @@ def kernels(text: str) -> dict[str, int]:
 
 
 def is_kernel(instruction: Instruction) -> bool:
+  """Says whether an instruction calls a Pallas kernel."""
   return 'custom_call_target="tpu_custom_call"' in instruction.attributes
 
 
 def kernel_name(instruction: Instruction) -> str:
-  """The name it was given, without the number that XLA adds."""
+  """The kernel's name in its source, without the number that XLA adds."""
   return re.sub(r"(\.(\d+|clone|cloned|remat\d*))+$", "", instruction.name)
 
 
 def instruction_flops(program: Program, computation: Computation, instruction: Instruction) -> int:
-  """Of one execution; what a fusion holds included, what a loop or call runs not."""
+  """FLOPs of one execution, with those in a fusion, without those in a loop's or call's body."""
   match instruction.opcode:
     case "dot":
       left = computation.operands(instruction)[0].arrays[0].dims
@@ -121,8 +123,9 @@ def _attention(computation: Computation, instruction: Instruction) -> int:
   """Causal attention: queries, keys and values are its first three arrays of floats."""
   if not (part := _splash(instruction)):
     return 0
-  given = [array for made in computation.operands(instruction) for array in made.arrays]
-  query, key, value = [array.dims for array in given if array.dtype in ("bf16", "f32")][:3]
+  operands = computation.operands(instruction)
+  inputs = [array for operand in operands for array in operand.arrays]
+  query, key, value = [array.dims for array in inputs if array.dtype in ("bf16", "f32")][:3]
   keys, values = SPLASH[part]
   if part == "dkv" and "no_residuals" not in instruction.name:
     keys += 1  # the fused backward kernel makes the queries' gradient too
@@ -134,15 +137,16 @@ def _convolution(computation: Computation, instruction: Instruction) -> int:
   """A matrix product on TPU is one too: batch dimensions become windows that meet once."""
   left, right = (made.arrays[0].dims for made in computation.operands(instruction))
   labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+  assert labels is not None
   lhs, rhs, out = labels[1], labels[2], labels[3]
   result = instruction.arrays[0].dims
   groups = [_number(instruction, f"{kind}_group_count") for kind in ("feature", "batch")]
-  places = math.prod(
-    _meetings(left[lhs.index(d)], right[rhs.index(d)], result[out.index(d)], window)
+  pairs = math.prod(
+    _position_pairs(left[lhs.index(d)], right[rhs.index(d)], result[out.index(d)], window)
     for d, window in zip(sorted(set(out) - {"b", "f"}), _windows(instruction), strict=True)
   )
   features = left[lhs.index("f")] // groups[0] * right[rhs.index("o")]
-  return 2 * features * (left[lhs.index("b")] // groups[1]) * places
+  return 2 * features * (left[lhs.index("b")] // groups[1]) * pairs
 
 
 class _Window(NamedTuple):
@@ -154,26 +158,26 @@ class _Window(NamedTuple):
 
 def _windows(instruction: Instruction) -> list[_Window]:
   found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
-  given = dict(part.split("=") for part in found[1].split()) if found else {}
-  number = len(given["size"].split("x")) if "size" in given else 0
+  fields = dict(part.split("=") for part in found[1].split()) if found else {}
+  number = len(fields["size"].split("x")) if "size" in fields else 0
 
   def read(key: str, default: int) -> list[int]:
-    values = given[key].split("x") if key in given else [str(default)] * number
+    values = fields[key].split("x") if key in fields else [str(default)] * number
     return [int(value.split("_")[0]) for value in values]
 
   keys = (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
   return [_Window(*values) for values in zip(*(read(*key) for key in keys), strict=True)]
 
 
-def _meetings(given: int, kernel: int, made: int, window: _Window) -> int:
-  """Pairs of a kernel's and an output's position that meet an element, along one dimension."""
-  if given == kernel == made == window.lhs_dilate and window.stride == made - 1:
-    return made  # a batch dimension
+def _position_pairs(input_size: int, kernel: int, output_size: int, window: _Window) -> int:
+  """Pairs of a kernel's and an output's position that read an element, along one dimension."""
+  if input_size == kernel == output_size == window.lhs_dilate and window.stride == output_size - 1:
+    return output_size  # a batch dimension
   found = 0
   for k in range(kernel):
     start = k * window.rhs_dilate - window.pad
-    for at in range(start, start + made * window.stride, window.stride):
-      found += at % window.lhs_dilate == 0 and 0 <= at // window.lhs_dilate < given
+    for at in range(start, start + output_size * window.stride, window.stride):
+      found += at % window.lhs_dilate == 0 and 0 <= at // window.lhs_dilate < input_size
   return found
 
 
@@ -213,7 +217,7 @@ def _traffic(program: Program, computation: Computation, instruction: Instructio
 
 
 def _written(program: Program, inside: Computation, name: str) -> int:
-  """Of a fusion's result: an update in place writes the update alone."""
+  """Bytes that a fusion writes: an update in place writes the update alone."""
   root = inside.instructions[name]
   if root.opcode == "tuple":
     return sum(_written(program, inside, operand) for operand in root.operands)
@@ -228,7 +232,8 @@ def _written(program: Program, inside: Computation, name: str) -> int:
 
 
 def _read(program: Program, inside: Computation, name: str) -> int:
-  """Of a fusion's parameter: slices and rows where only those are used, else all of it, once."""
+  """Bytes read of a fusion's parameter: those of slices and rows where only such are used, else all
+  of it, once."""
   size = sum(array.bytes for array in inside.instructions[name].arrays)
   found = 0
   for user in inside.instructions.values():

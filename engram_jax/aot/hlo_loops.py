@@ -1,7 +1,7 @@
-"""How often each computation of a compiled program runs: loops' trip counts, multiplied inwards.
+"""Executions of each computation of a compiled program: trip counts of loops, multiplied inwards.
 
 XLA states some trip counts (`known_trip_count`); the TPU compiler drops them, so they are read from
-the loop: where its counter starts, what the body adds, what the condition compares it with.
+the loop: the start of its counter, the step that the body adds, and the limit in its condition.
 """
 
 import re
@@ -13,15 +13,15 @@ SAME_VALUE = ("copy", "copy-start", "copy-done", "bitcast", "convert", "reshape"
 SWAPPED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE", "EQ": "EQ"}
 
 
-class Times(NamedTuple):
-  """Runs of a computation in one run of the program.
+class Executions(NamedTuple):
+  """Executions of a computation in one run of the program.
 
-  `known` is False inside a loop whose trips depend on data (counted once) and inside a branch that
-  need not be taken (counted as taken).
+  `is_exact` is False inside a loop whose trips depend on data (counted once) and inside a branch
+  that need not be taken (counted as taken).
   """
 
   count: int
-  known: bool
+  is_exact: bool
 
 
 class _Value(NamedTuple):
@@ -31,23 +31,23 @@ class _Value(NamedTuple):
   offset: int
 
 
-def executions(program: Program) -> dict[str, Times]:
-  """Of every computation that runs by itself or inside a fusion, call, branch, loop or async pair.
-
-  Not of those applied to elements (the sum inside a reduction).
+def executions(program: Program) -> dict[str, Executions]:
+  """Counts the executions of computations that run by themselves or inside a fusion, call, branch,
+  loop or async pair; those applied to elements (the sum inside a reduction) are left out.
   """
   edges = {name: list(_calls(program, name)) for name in program.computations}
-  total = {program.entry: Times(1, True)}
+  total = {program.entry: Executions(1, True)}
   for caller in _callers_first(edges, program.entry):
-    count, known = total[caller]
-    for callee, (trips, sure) in edges[caller]:
-      before = total.get(callee, Times(0, True))
-      total[callee] = Times(before.count + count * trips, before.known and known and sure)
+    count, is_exact = total[caller]
+    for callee, (trips, has_exact_trips) in edges[caller]:
+      before = total.get(callee, Executions(0, True))
+      exact = before.is_exact and is_exact and has_exact_trips
+      total[callee] = Executions(before.count + count * trips, exact)
   return total
 
 
 def trip_count(program: Program, computation: Computation, loop: Instruction) -> int | None:
-  """Of a `while`; None where it depends on data or is written in a way not understood here."""
+  """Returns the trips of a `while`; None where they depend on data or in a form not known here."""
   if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
     return int(stated[1])
   condition = program.computations[loop.called("condition")]
@@ -78,19 +78,19 @@ def _trips(start: int, limit: int, step: int, direction: str) -> int | None:
   return max(0, -(-(distance + (direction == "LE")) // step))
 
 
-def _calls(program: Program, name: str) -> list[tuple[str, Times]]:
+def _calls(program: Program, name: str) -> list[tuple[str, Executions]]:
   computation = program.computations[name]
   found = []
   for instruction in computation.instructions.values():
     if instruction.opcode == "while":
       trips = trip_count(program, computation, instruction)
-      times = Times(1 if trips is None else trips, trips is not None)
+      times = Executions(1 if trips is None else trips, trips is not None)
       found += [(instruction.called("body"), times), (instruction.called("condition"), times)]
     elif instruction.opcode == "conditional":
-      found += [(branch, Times(1, False)) for branch in _branches(instruction)]
+      found += [(branch, Executions(1, False)) for branch in _branches(instruction)]
     elif instruction.opcode in ("fusion", "call", "async-start", "custom-call"):
       keys = ("calls", "to_apply", "called_computations")
-      found += [(to, Times(1, True)) for key in keys if (to := _callee(instruction, key))]
+      found += [(to, Executions(1, True)) for key in keys if (to := _callee(instruction, key))]
   return [(callee, times) for callee, times in found if callee in program.computations]
 
 
@@ -106,7 +106,7 @@ def _branches(instruction: Instruction) -> list[str]:
   return [instruction.called(f"{side}_computation") for side in ("true", "false")]
 
 
-def _callers_first(edges: dict[str, list[tuple[str, Times]]], entry: str) -> list[str]:
+def _callers_first(edges: dict[str, list[tuple[str, Executions]]], entry: str) -> list[str]:
   done: dict[str, None] = {}
 
   def visit(name: str) -> None:
@@ -122,15 +122,15 @@ def _callers_first(edges: dict[str, list[tuple[str, Times]]], entry: str) -> lis
 def _initial(
   program: Program, computation: Computation, loop: Instruction, element: int
 ) -> int | None:
-  made = computation.instructions[loop.operands[0]]
-  if made.opcode != "tuple":
+  instruction = computation.instructions[loop.operands[0]]
+  if instruction.opcode != "tuple":
     return None
-  value = _value(program, computation, made.operands[element], None)
+  value = _value(program, computation, instruction.operands[element], None)
   return value.offset if value and value.element is None else None
 
 
 def _change(program: Program, loop: Instruction, element: int) -> int | None:
-  """What one trip adds to an element of the loop's tuple."""
+  """The constant that one trip adds to an element of the loop's tuple."""
   body = program.computations[loop.called("body")]
   root = body.instructions[body.root]
   if root.opcode != "tuple":
@@ -143,6 +143,7 @@ def _constant(
   program: Program, computation: Computation, loop: Instruction, value: _Value
 ) -> int | None:
   """The value of an element that no trip changes."""
+  assert value.element is not None
   if _change(program, loop, value.element) != 0:
     return None
   start = _initial(program, computation, loop, value.element)
@@ -150,69 +151,85 @@ def _constant(
 
 
 def _comparison(
-  program: Program, computation: Computation, name: str, given: dict[str, _Value] | None
+  program: Program, computation: Computation, name: str, arguments: dict[str, _Value | None] | None
 ) -> tuple[_Value, _Value, str] | None:
-  made = computation.instructions[name]
-  if made.opcode in SAME_VALUE:
-    return _comparison(program, computation, made.operands[0], given)
-  if made.opcode in ("fusion", "call"):
-    inner, arguments = _enter(program, computation, made, given)
-    return _comparison(program, inner, inner.root, arguments)
-  if made.opcode != "compare":
+  instruction = computation.instructions[name]
+  if instruction.opcode in SAME_VALUE:
+    return _comparison(program, computation, instruction.operands[0], arguments)
+  if instruction.opcode in ("fusion", "call"):
+    inner, inner_arguments = _enter(program, computation, instruction, arguments)
+    return _comparison(program, inner, inner.root, inner_arguments)
+  if instruction.opcode != "compare":
     return None
-  left, right = (_value(program, computation, operand, given) for operand in made.operands)
-  direction = re.search(r"direction=(\w+)", made.attributes)
+  left, right = (
+    _value(program, computation, operand, arguments) for operand in instruction.operands
+  )
+  direction = re.search(r"direction=(\w+)", instruction.attributes)
   return (left, right, direction[1]) if left and right and direction else None
 
 
 def _value(
-  program: Program, computation: Computation, name: str, given: dict[str, _Value] | None
+  program: Program, computation: Computation, name: str, arguments: dict[str, _Value | None] | None
 ) -> _Value | None:
   """A scalar as a constant, or as an element of the loop's tuple (parameter 0) plus a constant.
 
-  given: what a fused computation's parameters are; None in a loop's own computation.
+  arguments: values of a fused computation's parameters; None in a loop's own computation.
   """
-  made = computation.instructions[name]
-  inner = lambda operand: _value(program, computation, operand, given)
-  if made.opcode == "constant":
-    return _Value(None, int(made.literal)) if re.fullmatch(r"-?\d+", made.literal) else None
-  if made.opcode in SAME_VALUE:
-    return inner(made.operands[0])
-  if made.opcode == "parameter":
-    return given.get(name) if given else None
-  if made.opcode == "get-tuple-element":
-    return _element(program, computation, made, given)
-  if made.opcode in ("add", "subtract"):
-    left, right = (inner(operand) for operand in made.operands)
-    return _sum(left, right, 1 if made.opcode == "add" else -1)
-  if made.opcode in ("fusion", "call"):
-    into, arguments = _enter(program, computation, made, given)
-    return _value(program, into, into.root, arguments)
+  instruction = computation.instructions[name]
+  value_of = lambda operand: _value(program, computation, operand, arguments)
+  if instruction.opcode == "constant":
+    return (
+      _Value(None, int(instruction.literal))
+      if re.fullmatch(r"-?\d+", instruction.literal)
+      else None
+    )
+  if instruction.opcode in SAME_VALUE:
+    return value_of(instruction.operands[0])
+  if instruction.opcode == "parameter":
+    return arguments.get(name) if arguments else None
+  if instruction.opcode == "get-tuple-element":
+    return _element(program, computation, instruction, arguments)
+  if instruction.opcode in ("add", "subtract"):
+    left, right = (value_of(operand) for operand in instruction.operands)
+    return _sum(left, right, 1 if instruction.opcode == "add" else -1)
+  if instruction.opcode in ("fusion", "call"):
+    inner, inner_arguments = _enter(program, computation, instruction, arguments)
+    return _value(program, inner, inner.root, inner_arguments)
   return None
 
 
 def _element(
-  program: Program, computation: Computation, made: Instruction, given: dict[str, _Value] | None
+  program: Program,
+  computation: Computation,
+  instruction: Instruction,
+  arguments: dict[str, _Value | None] | None,
 ) -> _Value | None:
-  source = computation.instructions[made.operands[0]]
-  index = int(re.search(r"index=(\d+)", made.attributes)[1])
-  if source.opcode == "parameter" and given is None:
+  source = computation.instructions[instruction.operands[0]]
+  found = re.search(r"index=(\d+)", instruction.attributes)
+  assert found is not None
+  index = int(found[1])
+  if source.opcode == "parameter" and arguments is None:
     return _Value(index, 0)
   if source.opcode == "tuple":
-    return _value(program, computation, source.operands[index], given)
+    return _value(program, computation, source.operands[index], arguments)
   if source.opcode == "fusion":
-    into, arguments = _enter(program, computation, source, given)
-    root = into.instructions[into.root]
-    return _value(program, into, root.operands[index], arguments) if root.operands else None
+    inner, inner_arguments = _enter(program, computation, source, arguments)
+    root = inner.instructions[inner.root]
+    if not root.operands:
+      return None
+    return _value(program, inner, root.operands[index], inner_arguments)
   return None
 
 
 def _enter(
-  program: Program, computation: Computation, made: Instruction, given: dict[str, _Value] | None
-) -> tuple[Computation, dict[str, _Value]]:
-  into = program.computations[_callee(made, "calls") or _callee(made, "to_apply")]
-  values = (_value(program, computation, operand, given) for operand in made.operands)
-  return into, dict(zip(into.parameters, values, strict=False))
+  program: Program,
+  computation: Computation,
+  instruction: Instruction,
+  arguments: dict[str, _Value | None] | None,
+) -> tuple[Computation, dict[str, _Value | None]]:
+  inner = program.computations[_callee(instruction, "calls") or _callee(instruction, "to_apply")]
+  values = (_value(program, computation, operand, arguments) for operand in instruction.operands)
+  return inner, dict(zip(inner.parameters, values, strict=False))
 
 
 def _sum(left: _Value | None, right: _Value | None, sign: int) -> _Value | None:

@@ -1,7 +1,7 @@
-"""A compiled program's text as data: computations, their instructions, the arrays they make.
+"""Parsed HLO text: the computations of a compiled program, their instructions and result arrays.
 
-What XLA prints (`compiled.as_text()`, or the files of `xla_dump_to`) on CPU, GPU and TPU. After
-partitioning, every shape in it is one device's share.
+XLA prints it on CPU, GPU and TPU (`compiled.as_text()`, or the files of `xla_dump_to`). After
+partitioning, every shape in it is that of one device.
 """
 
 import functools
@@ -12,18 +12,20 @@ from typing import NamedTuple
 
 
 class Array(NamedTuple):
-  """Element type as XLA spells it (bf16, s32, pred) and dimensions."""
+  """An array: its element type as XLA spells it (bf16, s32, pred) and its dimensions."""
 
   dtype: str
   dims: tuple[int, ...]
 
   @property
   def bytes(self) -> int:
-    """Without a layout's padding; sub-byte elements packed."""
+    """Its size without a layout's padding; sub-byte elements packed."""
     return -(-math.prod(self.dims) * bits(self.dtype) // 8)
 
 
 class Instruction(NamedTuple):
+  """One line of a computation."""
+
   name: str
   opcode: str
   arrays: tuple[Array, ...]
@@ -31,28 +33,30 @@ class Instruction(NamedTuple):
   operands: tuple[str, ...]
   """Names within the same computation."""
   literal: str
-  """What stands between the parentheses: a constant's value, a parameter's number."""
+  """Text between the parentheses: a constant's value, a parameter's number."""
   attributes: str
   """Everything after them."""
 
   def called(self, key: str) -> str:
-    """The computation that an attribute names, such as `body`; "" without it."""
+    """Returns the computation that an attribute names, such as `body`; "" without it."""
     found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
     return found[1] if found else ""
 
   def integers(self, key: str) -> tuple[int, ...]:
-    """An attribute of the form key={1,2}; empty without it."""
+    """Returns the numbers of an attribute key={1,2}; empty without it."""
     found = re.search(rf"\b{key}={{([\d,]*)}}", self.attributes)
     return tuple(int(n) for n in found[1].split(",") if n) if found else ()
 
   @property
   def op_name(self) -> str:
-    """Where in the Python program it comes from: jit, named scopes and primitive."""
+    """Its origin in the Python program: jit, named scopes and primitive."""
     found = re.search(r'op_name="([^"]*)"', self.attributes)
     return found[1] if found else ""
 
 
 class Computation(NamedTuple):
+  """A named list of instructions, of which `root` is the result."""
+
   name: str
   instructions: dict[str, Instruction]
   root: str
@@ -60,14 +64,18 @@ class Computation(NamedTuple):
   """Names, by number."""
 
   def operands(self, instruction: Instruction) -> list[Instruction]:
+    """Returns the instructions whose results an instruction takes."""
     return [self.instructions[name] for name in instruction.operands]
 
 
 class Program(NamedTuple):
+  """The computations of a program by name, and the name of the first to run."""
+
   computations: dict[str, Computation]
   entry: str
 
   def instructions(self) -> Iterator[tuple[Computation, Instruction]]:
+    """Yields every instruction with its computation."""
     for computation in self.computations.values():
       for instruction in computation.instructions.values():
         yield computation, instruction
@@ -75,7 +83,7 @@ class Program(NamedTuple):
 
 @functools.cache
 def bits(dtype: str) -> int:
-  """Of one element; 0 for what is no array (token, opaque)."""
+  """Returns the bits of one element; 0 for types that are no array (token, opaque)."""
   if dtype == "pred":
     return 8
   found = re.match(r"[a-z]+?(\d+)", dtype)
@@ -84,7 +92,7 @@ def bits(dtype: str) -> int:
 
 @functools.lru_cache(maxsize=4)  # texts are long and asked about more than once
 def parse(text: str) -> Program:
-  """The program that XLA printed. ValueError for text that holds no entry computation."""
+  """Parses a program that XLA printed; ValueError for text without an entry computation."""
   computations, entry = {}, ""
   name, lines = "", []
   for line in text.splitlines():
@@ -105,7 +113,7 @@ def parse(text: str) -> Program:
 
 
 def arrays_of(shape: str) -> tuple[Array, ...]:
-  """The arrays of a printed shape: bf16[8,128]{1,0:T(8,128)}, or a tuple of such."""
+  """Parses the arrays of a printed shape: bf16[8,128]{1,0:T(8,128)}, or a tuple of such."""
   found = re.findall(r"\b([a-z]\w*)\[((?:<=)?[\d,<=]*)\]", shape)
   return tuple(
     Array(dtype, tuple(int(n.removeprefix("<=")) for n in dims.split(",") if n))
@@ -116,13 +124,13 @@ def arrays_of(shape: str) -> tuple[Array, ...]:
 def _computation(name: str, lines: list[str]) -> Computation:
   instructions, root, parameters = {}, "", {}
   for line in lines:
-    if (made := _instruction(line)) is None:
+    if (instruction := _instruction(line)) is None:
       continue
-    instructions[made.name] = made
+    instructions[instruction.name] = instruction
     if line.lstrip().startswith("ROOT "):
-      root = made.name
-    if made.opcode == "parameter":
-      parameters[int(made.literal)] = made.name
+      root = instruction.name
+    if instruction.opcode == "parameter":
+      parameters[int(instruction.literal)] = instruction.name
   return Computation(name, instructions, root, tuple(parameters[i] for i in sorted(parameters)))
 
 
@@ -131,14 +139,14 @@ def _instruction(line: str) -> Instruction | None:
   if head is None:
     return None
   start = head.end()
-  end = _closed(line, start) if line[start] == "(" else line.index(" ", start)
+  end = _end_of_parenthesis(line, start) if line[start] == "(" else line.index(" ", start)
   opcode = re.match(r"\s*([a-z][\w\-]*)(?=\()", line[end:])
   assert opcode is not None, line[:200]
   opened = end + opcode.end()
-  closed = _closed(line, opened)
+  closed = _end_of_parenthesis(line, opened)
   literal = line[opened + 1 : closed - 1]
-  known = opcode[1] not in ("constant", "parameter", "iota")
-  operands = re.findall(r"%([\w.\-]+)", literal) if known else ()
+  has_operands = opcode[1] not in ("constant", "parameter", "iota")
+  operands = re.findall(r"%([\w.\-]+)", literal) if has_operands else ()
   return Instruction(
     name=head[1],
     opcode=opcode[1],
@@ -149,8 +157,8 @@ def _instruction(line: str) -> Instruction | None:
   )
 
 
-def _closed(line: str, opened: int) -> int:
-  """Just past the parenthesis that closes the one at `opened`."""
+def _end_of_parenthesis(line: str, opened: int) -> int:
+  """Returns the index just past the parenthesis that closes the one at `opened`."""
   depth = 0
   for found in re.compile(r"[()]").finditer(line, opened):
     depth += 1 if found[0] == "(" else -1

@@ -1,6 +1,6 @@
-"""`plan --topology NAME --compile`: the real train step, compiled for a TPU slice that is not here.
+"""`plan --topology NAME --compile`: the real train step, compiled for a TPU slice.
 
-What the compiler says of one device: memory, what it sends, FLOPs, its own estimate of the time.
+The report is of one device: memory, communication, FLOPs, the compiler's estimate of the time.
 """
 
 import re
@@ -20,7 +20,7 @@ from engram_jax.core.mesh import BATCH_AXES, make_mesh
 from engram_jax.errors import ConfigError
 from engram_jax.model.counts import table_layout
 from engram_jax.training.state import make_setup, state_shapes
-from engram_jax.training.step import Batch, make_train_step
+from engram_jax.training.step import make_train_step
 
 Lower = Callable[[Config, jax.sharding.Mesh], jax.stages.Lowered]
 
@@ -31,22 +31,22 @@ OVERSIZED = {"xla_tpu_no_crash_on_oom": True}
 def compile_report(
   lower: Lower,
   cfg: Config,
-  wanted: Topology,
+  target: Topology,
   effort: str = "O2",
   code: bool = True,
 ) -> dict[str, Any]:
-  """Everything the compiler says about `lower(cfg, mesh)` on the topology; JSON-able.
+  """Compiles `lower(cfg, mesh)` for the topology and returns the report, JSON values.
 
   effort: XLA's optimization level, "O0" to "O3"; O2 is its default, which a training run compiles
   with. Lower ones leave out passes over the program: it computes the same, in other buffers and in
-  another order, so what is said of memory and time is of that program.
+  another order, so memory and time are those of that program.
 
   All numbers are of one device and one step. `flops` and the seconds count the trips of loops.
   `optimal_seconds` is XLA's: each instruction as slow as its FLOPs or its memory traffic, one after
   the other; the interconnect is not in it, and a gather is as slow as reading its whole table.
   `modelled_seconds` is the same with gathers as slow as their rows. `collectives` sums, by kind,
-  executions and bytes (`core.hlo.Collective`); `uncertain` of them stand in a loop whose trip count
-  depends on data (counted once) or in a branch. `uncounted_kernels` are in no FLOPs.
+  executions and bytes (`aot.collectives.Collective`); `uncertain` of them stand in a loop whose
+  trip count depends on data (counted once) or in a branch. `uncounted_kernels` are in no FLOPs.
 
   code: False ends the compiler once the program is optimised and laid out in memory, before its
   machine code, which takes most of the time: then `optimal_seconds` is null and the program's own
@@ -57,20 +57,20 @@ def compile_report(
 
   Raises ConfigError for a mesh or batch that does not divide, before anything is lowered.
   """
-  sizes = cfg.mesh_sizes(wanted.devices)
+  sizes = cfg.mesh_sizes(target.devices)
   begin = time.perf_counter()
   options = {"xla_optimization_level": f"EFFORT_{effort}"}
-  made = compiled_report if code else layout_report
-  found = made(lower, cfg, wanted, options)
-  hbm = wanted.generation.hbm_bytes
+  make_report = compiled_report if code else layout_report
+  found = make_report(lower, cfg, target, options)
+  hbm = target.generation.hbm_bytes
   return {
-    "topology": wanted.name,
-    "devices": wanted.devices,
+    "topology": target.name,
+    "devices": target.devices,
     "mesh": sizes,
     "hbm_bytes": hbm,
     "fits": found["bytes_per_device"]["total"] <= hbm,
     **found,
-    "peak_flops_per_second": wanted.generation.peak_flops,
+    "peak_flops_per_second": target.generation.peak_flops,
     "effort": effort,
     "code": code,
     "compile_seconds": time.perf_counter() - begin,
@@ -78,10 +78,10 @@ def compile_report(
 
 
 def compiled_report(
-  lower: Lower, cfg: Config, wanted: Topology, options: Mapping[str, Any]
+  lower: Lower, cfg: Config, target: Topology, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """What the whole compilation says."""
-  lowered, rates = lower_on(lower, cfg, wanted), wanted.generation.rates
+  """The report of a complete compilation."""
+  lowered, rates = lower_on(lower, cfg, target), target.generation.rates
   try:
     return program_report(*compile_with_text(lowered, options), rates)
   except jax.errors.JaxRuntimeError as error:
@@ -89,39 +89,39 @@ def compiled_report(
 
 
 def layout_report(
-  lower: Lower, cfg: Config, wanted: Topology, options: Mapping[str, Any]
+  lower: Lower, cfg: Config, target: Topology, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """What is settled before machine code."""
+  """The report of a compilation that stops before machine code."""
   text, sizes = compile_to_buffer_assignment(
-    lower_on, (lower, cfg, wanted), {**options, **OVERSIZED}
+    lower_on, (lower, cfg, target), {**options, **OVERSIZED}
   )
   total = sum(sizes.values()) - 2 * sizes["donated"]
   return {
     "bytes_per_device": sizes | {"total": total},
-    **text_report(text, wanted.generation.rates),
+    **text_report(text, target.generation.rates),
   }
 
 
-def lower_on(lower: Lower, cfg: Config, wanted: Topology) -> jax.stages.Lowered:
+def lower_on(lower: Lower, cfg: Config, target: Topology) -> jax.stages.Lowered:
   """`lower(cfg, mesh)` on the topology's devices."""
-  return lower(cfg, make_mesh(cfg.mesh_sizes(wanted.devices), abstract_devices(wanted)))
+  return lower(cfg, make_mesh(cfg.mesh_sizes(target.devices), abstract_devices(target)))
 
 
 def program_report(compiled: jax.stages.Compiled, text: str, rates: Rates) -> dict[str, Any]:
-  """The part of the report that is read from a compiled program."""
-  told = compiled.cost_analysis().get("optimal_seconds", 0.0)
+  """The part of the report that a compiled program gives."""
+  optimal = (compiled.cost_analysis() or {}).get("optimal_seconds", 0.0)
   return {
     "bytes_per_device": bytes_per_device(compiled),
     **text_report(text, rates),
-    "optimal_seconds": told + cost(text, rates).missing_seconds,
+    "optimal_seconds": optimal + cost(text, rates).missing_seconds,
   }
 
 
 def text_report(text: str, rates: Rates) -> dict[str, Any]:
-  """The part that is read from its text; `optimal_seconds`, which is not, is null."""
+  """The part of the report that its text gives; `optimal_seconds`, which is not in it, is null."""
   spent = cost(text, rates)
   return {
-    "collectives": by_kind(collectives(text)),
+    "collectives": sum_by_kind(collectives(text)),
     "flops": spent.flops,
     "optimal_seconds": None,
     "modelled_seconds": spent.modelled_seconds,
@@ -136,7 +136,7 @@ def oversized_report(
   options: Mapping[str, Any],
   rates: Rates,
 ) -> dict[str, Any]:
-  """The same for a program that was refused for its size; raises any other refusal again."""
+  """The report of a program that was refused for its size; raises any other refusal again."""
   needs = re.search(r"CompileTimeHbmOom.* memory required .*?\(([\d.]+)([KMG])\)", str(refusal))
   if needs is None:
     raise refusal
@@ -149,31 +149,32 @@ def oversized_report(
 
 
 def bytes_per_device(compiled: jax.stages.Compiled) -> dict[str, int]:
-  """What the program holds; donated arguments come back as outputs and count once in the total."""
-  said = compiled.memory_analysis()
+  """Bytes of one device by kind; donated arguments are outputs too and count once in the total."""
+  memory = compiled.memory_analysis()
+  assert memory is not None
   sizes = {
-    "arguments": said.argument_size_in_bytes,
-    "temporaries": said.temp_size_in_bytes,
-    "output": said.output_size_in_bytes,
-    "donated": said.alias_size_in_bytes,
-    "program": said.generated_code_size_in_bytes,
+    "arguments": memory.argument_size_in_bytes,
+    "temporaries": memory.temp_size_in_bytes,
+    "output": memory.output_size_in_bytes,
+    "donated": memory.alias_size_in_bytes,
+    "program": memory.generated_code_size_in_bytes,
   }
   return sizes | {"total": sum(sizes.values()) - 2 * sizes["donated"]}
 
 
-def by_kind(found: list[Collective]) -> list[dict[str, Any]]:
+def sum_by_kind(found: list[Collective]) -> list[dict[str, Any]]:
   """One line a kind, most bytes first: executions and bytes of one device in one step."""
   lines: dict[str, dict[str, Any]] = {}
   for one in found:
     line = lines.setdefault(one.kind, {"kind": one.kind, "count": 0, "bytes": 0, "uncertain": 0})
     line["count"] += one.count
     line["bytes"] += one.count * one.bytes
-    line["uncertain"] += not one.known
+    line["uncertain"] += not one.is_exact
   return sorted(lines.values(), key=lambda line: -line["bytes"])
 
 
 def lower_train_step(cfg: Config, mesh: Mesh) -> jax.stages.Lowered:
-  """The step of `cfg` on `mesh`, lowered for its devices; no array is made."""
+  """Lowers the step of `cfg` for the devices of `mesh`; no array is made."""
   if cfg.model.engram.on_host:
     raise ConfigError(
       f"model.engram.placement={cfg.model.engram.placement!r}: a step is compiled ahead only for "
@@ -181,17 +182,18 @@ def lower_train_step(cfg: Config, mesh: Mesh) -> jax.stages.Lowered:
     )
   layout = table_layout(cfg.model)
   setup = make_setup(cfg, layout, mesh)
-  return make_train_step(setup).lower(state_shapes(setup), batch_shapes(cfg, mesh))
+  step: Any = make_train_step(setup)  # a jitted function, since the tables are on the devices
+  return step.lower(state_shapes(setup), batch_shapes(cfg, mesh))
 
 
-def batch_shapes(cfg: Config, mesh: Mesh) -> Batch:
-  """A batch as the pipeline makes it, as jax.ShapeDtypeStructs divided over the mesh."""
+def batch_shapes(cfg: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """A batch as the pipeline makes it, as jax.ShapeDtypeStructs sharded over the mesh."""
   B, T, engram = cfg.train.batch_size, cfg.data.sequence_length, cfg.model.engram
-  place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
-  token = lambda dtype: jax.ShapeDtypeStruct((B, T), dtype, sharding=place(BATCH_AXES))
+  sharding = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+  token = lambda dtype: jax.ShapeDtypeStruct((B, T), dtype, sharding=sharding(BATCH_AXES))
   names = ("tokens", "targets", "segments", "positions", "source")
   batch = {name: token("int32") for name in names} | {"mask": token("bool")}
   if engram.layers:
     shape = (len(engram.layers), B, T, engram.hash_heads)
-    batch["row_ids"] = jax.ShapeDtypeStruct(shape, "int32", sharding=place(None, BATCH_AXES))
+    batch["row_ids"] = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding(None, BATCH_AXES))
   return batch

@@ -1,4 +1,4 @@
-"""TPU slices that are not here: their devices to compile for, their memory and speed.
+"""TPU slices to compile for without having them: their devices, memory and speed.
 
 The TPU compiler (libtpu) needs no TPU. A name is GENERATION:SHAPE in chips, as in Cloud TPU's
 `--topology`: v5p:4x4x8 is 128 chips.
@@ -17,7 +17,7 @@ GiB = 2**30
 SHAPES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SHAPES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 # libtpu asks a metadata server, looks for this machine's place in a slice, and takes a lock that
-# one process may hold: nothing that a compiler without chips has a use for.
+# one process may hold; a compiler without chips needs none of it.
 ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5p-8",
@@ -27,15 +27,17 @@ ENVIRONMENT = {
 
 
 class Generation(NamedTuple):
+  """A generation of TPUs."""
+
   hbm_bytes: int
-  """Of one device, as the compiler lets a program use it (a little is kept back)."""
+  """Memory of one device that the compiler lets a program use (a little is reserved)."""
   peak_flops: float
   """bf16 FLOP/s of one device, as published."""
   rates: Rates
-  """Behind the compiler's `optimal_seconds`: of one matrix product of 8,192 x 8,192, and of adding
-  one to such an array."""
+  """Rates behind the compiler's `optimal_seconds`: of one matrix product of 8,192 x 8,192, and of
+  adding one to such an array."""
   shapes: tuple[str, ...]
-  """In chips: the slices that can be had. The compiler takes others too."""
+  """Shapes, in chips, of the slices that Cloud TPU offers. The compiler takes others too."""
   devices_per_chip: int = 1
   options: Mapping[str, Any] = {}
 
@@ -56,17 +58,19 @@ GENERATIONS = {
 
 
 class Topology(NamedTuple):
+  """A slice: its name, its generation and the number of its devices."""
+
   name: str
   generation: Generation
   devices: int
 
 
 def topology(name: str) -> Topology:
-  """What a name says, by arithmetic, without the compiler. ConfigError for a name it cannot be."""
+  """Parses a name, without the compiler; ConfigError for one that no slice has."""
   kind, _, shape = name.partition(":")
   generation = GENERATIONS.get(kind)
   if generation is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
-    raise ConfigError(f"topology {name!r} is none of the known ones: {known()}")
+    raise ConfigError(f"topology {name!r} is none of the known ones: {topology_names()}")
   sides = [int(side) for side in shape.split("x")]
   if len(sides) != generation.shapes[0].count("x") + 1:
     raise ConfigError(
@@ -76,17 +80,17 @@ def topology(name: str) -> Topology:
   return Topology(name, generation, math.prod(sides) * generation.devices_per_chip)
 
 
-def known() -> str:
-  """Every topology that can be had, one generation after the other."""
+def topology_names() -> str:
+  """The names of all topologies, one generation after the other, for messages."""
   return "; ".join(
     f"{kind}:{{{','.join(generation.shapes)}}}" for kind, generation in GENERATIONS.items()
   )
 
 
-def abstract_devices(wanted: Topology) -> list:
-  """The slice's devices, to compile for: `jax.Device`s that hold no array.
+def abstract_devices(target: Topology) -> list:
+  """Returns the slice's devices, to compile for: `jax.Device`s that hold no array.
 
-  Changes the process's environment (ENVIRONMENT, where unset) and loads libtpu, so it is for a
+  It changes the process's environment (ENVIRONMENT, where unset) and loads libtpu, so it is for a
   command that does nothing else. ConfigError without libtpu, or for a shape that it refuses.
   """
   import jax
@@ -95,12 +99,12 @@ def abstract_devices(wanted: Topology) -> list:
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   try:
-    made = topologies.get_topology_desc(wanted.name, "tpu", **wanted.generation.options)
+    description = topologies.get_topology_desc(target.name, "tpu", **target.generation.options)
   except RuntimeError as error:
     if isinstance(error, jax.errors.JaxRuntimeError):
-      raise ConfigError(f"topology {wanted.name!r}: the TPU compiler says {error}") from None
+      raise ConfigError(f"topology {target.name!r}: the TPU compiler says {error}") from None
     raise ConfigError(
-      f"topology {wanted.name!r} needs the TPU compiler: pip install 'engram_jax[tpu]'"
+      f"topology {target.name!r} needs the TPU compiler: pip install 'engram_jax[tpu]'"
     ) from None
-  assert len(made.devices) == wanted.devices, (wanted, len(made.devices))
-  return made.devices
+  assert len(description.devices) == target.devices, (target, len(description.devices))
+  return description.devices

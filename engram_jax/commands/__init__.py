@@ -1,1 +1,1 @@
-"""What `python -m engram_jax` runs, one file a command."""
+"""The commands of `python -m engram_jax`, one file each, and the kinds of `convert`."""

@@ -1,35 +1,84 @@
 """`python -m engram_jax convert KIND`: a run's tables and weights in other forms."""
 
-import sys
+import dataclasses
+import functools
+import inspect
+import json
+import pathlib
 from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
 
-from engram_jax.commands import (
-  convert_export,
-  convert_import,
-  convert_memory,
-  convert_rows,
-  convert_table,
+import tyro
+
+from engram_jax.cli import run_kind
+from engram_jax.commands.convert_runs import (
+  export_run,
+  import_run,
+  write_checkpoint_folder,
 )
+from engram_jax.commands.convert_tables import convert_rows, convert_table, verify_table
+from engram_jax.interop import deepseek, qwen
+from engram_jax.interop.folder import CONFIG, TOKENIZER, Folder
+from engram_jax.interop.reader import open_memory
+from engram_jax.interop.writer import SHARD_BYTES, dump_json, sliced_tensor
+
+FORMATS = {"deepseek_v41": deepseek, "qwen_ple": qwen}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryArgs:
+  """Options of `convert memory`."""
+
+  source: Annotated[pathlib.Path, tyro.conf.arg(name="from")]
+  """Folder of a checkpoint: DeepSeek-V4.1's, Qwen3.8-Flash-Next's, or of `convert export`."""
+  to: pathlib.Path
+  """The folder to make; nothing is overwritten."""
+  layout: Literal["deepseek_v41", "qwen_ple"] | None = None
+  """Layout to write; that of the checkpoint, byte for byte, if left out."""
+  shard_bytes: int = SHARD_BYTES
+  """Bytes of the tensors in one file; a larger tensor has a file for itself."""
+  json: bool = False
+  """One JSON object on stdout."""
+
+
+def convert_memory(argv: Sequence[str]) -> int:
+  """The memory of a released or exported checkpoint, byte for byte or in another layout.
+
+  The checkpoint may hold more than a memory: the rest is left out. With --layout the memory is
+  written as another model stores its own, if that model's layout can express it.
+  """
+  prog = "python -m engram_jax convert memory"
+  args = tyro.cli(MemoryArgs, prog=prog, args=argv, description=inspect.getdoc(convert_memory))
+  with Folder(args.source) as folder:
+    memory = open_memory(folder)
+    tokenizer = (args.source / TOKENIZER).read_text(encoding="utf-8")
+    if args.layout is None:
+      config = (args.source / CONFIG).read_text(encoding="utf-8")
+      tensors = {}
+      for name in memory.tensors:
+        dtype, shape, *_ = folder.tensor(name)
+        tensors[name] = sliced_tensor(dtype, shape, functools.partial(folder.read, name))
+    else:
+      config = dump_json(FORMATS[args.layout].make_config(memory))
+      tensors = FORMATS[args.layout].make_tensors(memory)
+    size = write_checkpoint_folder(args.to, config, tokenizer, tensors, args.shard_bytes)
+  kind = args.layout or memory.kind
+  result = {"folder": str(args.to), "kind": kind, "tensors": len(tensors), "bytes": size}
+  message = f"{args.to}: {kind}, {len(tensors)} tensors, {size:,} bytes"
+  print(json.dumps(result) if args.json else message)
+  return 0
+
 
 KINDS: dict[str, Callable[[Sequence[str]], int]] = {
-  "table": convert_table.main,
-  "verify": convert_table.verify,
-  "export": convert_export.main,
-  "import": convert_import.main,
-  "memory": convert_memory.main,
-  "rows": convert_rows.main,
+  "table": convert_table,
+  "verify": verify_table,
+  "export": export_run,
+  "import": import_run,
+  "memory": convert_memory,
+  "rows": convert_rows,
 }
 
 
-def main(args: Sequence[str]) -> int:
-  """Tables and weights in other forms: table files, and what else `convert --help` lists."""
-  name = args[0] if args else "--help"
-  if name in ("-h", "--help"):
-    print(f"usage: python -m engram_jax convert KIND [--help] [OPTIONS]\n\n{__doc__}\n")
-    for kind, function in KINDS.items():
-      print(f"  {kind:14}{(function.__doc__ or '').splitlines()[0]}")
-    return 0
-  if name not in KINDS:
-    print(f"error: cannot convert to {name!r}; there are: {', '.join(KINDS)}", file=sys.stderr)
-    return 2
-  return KINDS[name](args[1:])
+def main(argv: Sequence[str]) -> int:
+  """Converts tables and weights; `convert --help` lists the kinds."""
+  return run_kind("convert", KINDS, argv, about=__doc__, unknown="cannot convert to")

@@ -8,28 +8,31 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
+from engram_jax.cli import log
 from engram_jax.errors import ConfigError
-from engram_jax.inference.completion import Completion, complete, encode
-from engram_jax.inference.decoder import Decoder
+from engram_jax.inference.completion import Completion, encode_prompts, stream_completions
+from engram_jax.inference.decoder import Decoder, RowSource
 from engram_jax.inference.load import (
-  LONGEST_CONTEXT,
+  MAX_CONTEXT,
   LoadedModel,
   PlacementArgs,
-  check_room,
+  check_device_memory,
   load_model,
 )
-from engram_jax.inference.row_sources import StoreRows
+from engram_jax.inference.row_sources import StoreRowSource
 from engram_jax.inference.sampling import Sampling
 
-MOST_GUESSES = 64  # beyond a few there is nothing to gain
+MAX_DRAFT_TOKENS = 64  # beyond a few there is nothing to gain
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class GenerateArgs:
+  """Options of `generate`."""
+
   run: pathlib.Path
   """Folder of a run that train.py wrote."""
   prompt: tuple[str, ...] = ()
@@ -49,8 +52,8 @@ class Args:
   seed: int = 0
   stop: tuple[str, ...] = ()
   """Strings that end a text."""
-  guesses: int = 0
-  """Tokens guessed ahead from the text itself and checked, a step; changes the speed alone."""
+  draft_tokens: Annotated[int, tyro.conf.arg(aliases=["--guesses"])] = 0
+  """Tokens drafted from the text itself and verified, a step; changes the speed alone."""
   rows: tyro.conf.OmitArgPrefixes[PlacementArgs] = dataclasses.field(default_factory=PlacementArgs)
   step: int | None = None
   """Checkpoint to use; the newest one that is sound if left out."""
@@ -58,118 +61,124 @@ class Args:
   """One JSON object on stdout, everything else on stderr."""
 
 
-def main(args: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> int:
   """Continues prompts; tables on the device, in host memory or in a file."""
-  own = tyro.cli(Args, prog="python -m engram_jax generate", args=args, description=__doc__)
-  sampling = _check(own)
-  log = lambda text: print(text, file=sys.stderr)
-  opened = load_model(own.run, own.step, log)
+  args = tyro.cli(
+    GenerateArgs, prog="python -m engram_jax generate", args=argv, description=__doc__
+  )
+  sampling = _check(args)
+  model = load_model(args.run, args.step, log)
   with contextlib.ExitStack() as stack:
-    source = opened.source(stack, own.rows)
+    row_source = model.open_row_source(stack, args.rows)
     # What is compiled for one capacity serves all lines of a conversation that need no more.
-    decoder_of = functools.cache(lambda capacity: Decoder(opened.weights, source, capacity))
-    if own.interactive:
-      return _converse(own, opened, decoder_of, sampling)
+    decoder_of = functools.cache(lambda capacity: Decoder(model.weights, row_source, capacity))
+    if args.interactive:
+      return _converse(args, model, decoder_of, sampling)
     begin = time.perf_counter()
-    done = _answer(own, opened, decoder_of, sampling, own.prompt)
+    completions = _complete(args, model, decoder_of, sampling, args.prompt)
     seconds = time.perf_counter() - begin
-    if own.json:
-      print(json.dumps(_result(own, opened, source, done, seconds)))
+    if args.json:
+      print(json.dumps(_result(args, model, row_source, completions, seconds)))
   return 0
 
 
-def _check(own: Args) -> Sampling:
-  if own.interactive == bool(own.prompt):
+def _check(args: GenerateArgs) -> Sampling:
+  if args.interactive == bool(args.prompt):
     raise ConfigError("give --prompt TEXT, or --interactive, and not both")
-  if own.interactive and own.json:
+  if args.interactive and args.json:
     raise ConfigError("--interactive is for reading along: leave --json out")
-  for name, low, high in (("tokens", 1, LONGEST_CONTEXT), ("guesses", 0, MOST_GUESSES)):
-    if not low <= getattr(own, name) <= high:
-      raise ConfigError(f"--{name} {getattr(own, name)} must be at least {low} and at most {high}")
+  for name, low, high in (("tokens", 1, MAX_CONTEXT), ("draft_tokens", 0, MAX_DRAFT_TOKENS)):
+    if not low <= getattr(args, name) <= high:
+      raise ConfigError(f"--{name} {getattr(args, name)} must be at least {low} and at most {high}")
   for name in ("prompt", "stop"):
-    for text in getattr(own, name):
+    for text in getattr(args, name):
       if not text:
         raise ConfigError(f"--{name} '' is empty; give some text")
       _check_text(text, f"--{name}")
-  own.rows.check()
-  return Sampling(own.temperature, own.top_k, own.top_p, own.repetition_penalty, own.seed)
+  args.rows.check()
+  return Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
 
 
-def _check_text(text: str, what: str) -> None:
-  """Python stands surrogates in for bytes of a command line that are no text."""
+def _check_text(text: str, name: str) -> None:
+  """Raises ConfigError for surrogates, which stand for bytes of a command line that are no text."""
   try:
     text.encode()
   except UnicodeEncodeError:
-    raise ConfigError(f"{what} {text[:40]!a} holds bytes that are no UTF-8") from None
+    raise ConfigError(f"{name} {text[:40]!a} holds bytes that are no UTF-8") from None
 
 
-def _answer(
-  own: Args,
-  opened: LoadedModel,
+def _complete(
+  args: GenerateArgs,
+  model: LoadedModel,
   decoder_of: Callable[[int], Decoder],
   sampling: Sampling,
   prompts: Sequence[str],
 ) -> list[Completion]:
-  """Streams a single text as it comes; of several each is shown when all are done."""
-  longest = max(map(len, encode(opened.tokenizer, prompts)))
-  capacity = _capacity(longest + own.tokens)
-  check_room(opened, len(prompts), capacity, f"--tokens {own.tokens}")
-  decoder, streaming = decoder_of(capacity), len(prompts) == 1 and not own.json
+  """Completes the prompts: prints a single text as it is generated, several when all are done."""
+  longest = max(map(len, encode_prompts(model.tokenizer, prompts)))
+  capacity = _capacity(longest + args.tokens)
+  check_device_memory(model, len(prompts), capacity, f"--tokens {args.tokens}")
+  decoder, streaming = decoder_of(capacity), len(prompts) == 1 and not args.json
   seeds = ((sampling.seed + i) % 2**32 for i in range(len(prompts)))
   samplings = [dataclasses.replace(sampling, seed=seed) for seed in seeds]
-  steps = complete(
+  steps = stream_completions(
     decoder,
-    opened.tokenizer,
+    model.tokenizer,
     prompts,
     samplings,
-    own.tokens,
-    stop=own.stop,
-    end_id=opened.end_id,
-    guesses=own.guesses,
+    args.tokens,
+    stop=args.stop,
+    end_id=model.end_id,
+    draft_tokens=args.draft_tokens,
   )
   if streaming:
     print(prompts[0], end="", flush=True)
-  for done, added in steps:  # noqa: B007 (the last one is the answer)
+  completions = []
+  for completions, added in steps:  # noqa: B007 (the last ones are returned)
     if streaming:
       print(added[0], end="", flush=True)
   if streaming:
     print()
-  elif not own.json:
-    for one in done:
-      print(one.prompt + one.text)
-  return done
+  elif not args.json:
+    for completion in completions:
+      print(completion.prompt + completion.text)
+  return completions
 
 
 def _converse(
-  own: Args, opened: LoadedModel, decoder_of: Callable[[int], Decoder], sampling: Sampling
+  args: GenerateArgs, model: LoadedModel, decoder_of: Callable[[int], Decoder], sampling: Sampling
 ) -> int:
-  print("a prompt a line; end of file ends", file=sys.stderr)
+  log("a prompt a line; end of file ends")
   try:
     for line in sys.stdin:
       if prompt := line.rstrip("\n"):
         _check_text(prompt, "the line")
-        _answer(own, opened, decoder_of, sampling, [prompt])
+        _complete(args, model, decoder_of, sampling, [prompt])
   except UnicodeDecodeError:
     raise ConfigError("--interactive: the input holds bytes that are no UTF-8") from None
   return 0
 
 
 def _capacity(tokens: int) -> int:
-  """A power of two: few shapes to compile for prompts of many lengths."""
+  """The next power of two: few shapes to compile for prompts of many lengths."""
   return 1 << (tokens - 1).bit_length()
 
 
 def _result(
-  own: Args, opened: LoadedModel, source: Any, done: list[Completion], seconds: float
+  args: GenerateArgs,
+  model: LoadedModel,
+  row_source: RowSource | None,
+  completions: list[Completion],
+  seconds: float,
 ) -> dict[str, Any]:
   result = {
-    "run": str(own.run),
-    "step": opened.step,
-    "completions": [dataclasses.asdict(one) for one in done],
-    "tokens": sum(one.tokens for one in done),
+    "run": str(args.run),
+    "step": model.step,
+    "completions": [dataclasses.asdict(completion) for completion in completions],
+    "tokens": sum(completion.tokens for completion in completions),
     "seconds_with_compilation": round(seconds, 3),
   }
-  if isinstance(source, StoreRows):
-    result["rows"] = source.telemetry.as_dict()
-    result["levels"] = source.store.levels()
+  if isinstance(row_source, StoreRowSource):
+    result["rows"] = row_source.telemetry.as_dict()
+    result["levels"] = row_source.store.levels()
   return result

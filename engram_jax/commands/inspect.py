@@ -1,4 +1,4 @@
-"""`python -m engram_jax inspect`: what a checkpoint's memory is, and what it holds for a text.
+"""`python -m engram_jax inspect`: a checkpoint's memory described, and its rows for a text.
 
 The checkpoint is an exported run, DeepSeek-V4.1's or Qwen3.8-Flash-Next's. Its hash constants are
 rebuilt and compared with what it says before anything is printed; of the tables only the rows of
@@ -7,6 +7,7 @@ the text are read.
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,9 @@ from engram_jax.interop.reader import MemoryReader
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class InspectArgs:
+  """Options of `inspect`."""
+
   checkpoint: pathlib.Path
   """Folder with config.json, tokenizer.json and safetensors files."""
   text: str | None = None
@@ -32,15 +35,15 @@ class Args:
   """One JSON object on stdout."""
 
 
-def main(args: Sequence[str]) -> int:
-  """What a checkpoint's memory is, and the rows it holds for a text."""
-  own = tyro.cli(Args, prog="python -m engram_jax inspect", args=args, description=__doc__)
-  with MemoryReader(own.checkpoint) as reader:
-    result = {"checkpoint": str(own.checkpoint)} | describe(reader)
-    if own.text is not None:
-      result |= look_up(reader, own.text, own.special_tokens)
+def main(argv: Sequence[str]) -> int:
+  """Describes a checkpoint's memory, and shows the rows that it holds for a text."""
+  args = tyro.cli(InspectArgs, prog="python -m engram_jax inspect", args=argv, description=__doc__)
+  with MemoryReader(args.checkpoint) as reader:
+    result = {"checkpoint": str(args.checkpoint)} | describe(reader)
+    if args.text is not None:
+      result |= look_up(reader, args.text, args.special_tokens)
     result["bytes_read"] = reader.bytes_read
-  if own.json:
+  if args.json:
     print(json.dumps(result))
   else:
     show(result)
@@ -83,17 +86,17 @@ def look_up(reader: MemoryReader, text: str, special_tokens: bool) -> dict[str, 
       )
     ],
     "row_ids": {str(layer): ids.tolist() for layer, ids in reading.row_ids.items()},
-    "row_norms": {str(layer): _numbers(norm_TJ) for layer, norm_TJ in norms.items()},
+    "row_norms": {str(layer): _json_numbers(norm_TJ) for layer, norm_TJ in norms.items()},
   }
 
 
-def _numbers(x: np.ndarray) -> list:
-  """As JSON, which has no word for what is no number: null."""
-  return np.where(np.isfinite(x), x.astype(object), None).tolist()
+def _json_numbers(norm_TJ: np.ndarray) -> list[list[float | None]]:
+  """Numbers as JSON values, which have no NaN or infinity: null stands for those."""
+  return [[x if math.isfinite(x) else None for x in norms] for norms in norm_TJ.tolist()]
 
 
 def show(result: dict[str, Any]) -> None:
-  """The same as tables: of a token's rows, by order, the first id and the mean of the norms."""
+  """Prints the result; of a token's rows, by order, the first id and the mean of the norms."""
   print(
     f"{result['checkpoint']}: {result['kind']}, orders {result['orders']} x {result['heads']} "
     f"heads x {result['row_width']}, {result['branches']} branches of width {result['width']}"
@@ -114,10 +117,9 @@ def _table(result: dict[str, Any], layer: str, ids_TJ: list[list[int]]) -> Table
   table = Table(title=title, title_justify="left")
   for name in ("token", "id", *(f"order {n}" for n in result["orders"])):
     table.add_column(name, justify="left" if name == "token" else "right")
-  K = result["heads"]
+  heads = result["heads"]
   for token, ids, norms in zip(result["tokens"], ids_TJ, result["row_norms"][layer], strict=True):
-    cells = [
-      f"{ids[j]} {np.mean(np.array(norms[j : j + K], float)):.3f}" for j in range(0, len(ids), K)
-    ]
+    starts = range(0, len(ids), heads)
+    cells = [f"{ids[j]} {np.mean(np.array(norms[j : j + heads], float)):.3f}" for j in starts]
     table.add_row(Text(repr(token["text"])), f"{token['canonical']:,}", *cells)
   return table

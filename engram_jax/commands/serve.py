@@ -13,20 +13,20 @@ import ipaddress
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tyro
 
+from engram_jax.cli import log
 from engram_jax.core.signals import StopRequest
 from engram_jax.errors import ConfigError
 from engram_jax.inference.decoder import Decoder
 from engram_jax.inference.load import (
-  LONGEST_CONTEXT,
+  MAX_CONTEXT,
   LoadedModel,
   PlacementArgs,
-  check_room,
+  check_device_memory,
   load_model,
 )
 
@@ -34,7 +34,9 @@ API_KEY = "ENGRAM_API_KEY"
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class ServeArgs:
+  """Options of `serve`."""
+
   run: pathlib.Path
   """Folder of a run that train.py wrote; its name is the model's."""
   host: str = "127.0.0.1"
@@ -62,23 +64,26 @@ class Args:
   """Checkpoint to use; the newest one that is sound if left out."""
 
 
-def main(args: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> int:
   """Serves a run until a signal comes."""
-  own = tyro.cli(Args, prog="python -m engram_jax serve", args=args, description=__doc__)
-  key = own.api_key if own.api_key is not None else os.environ.get(API_KEY)
-  check(own, key)
-  log = lambda text: print(text, file=sys.stderr, flush=True)
-  opened = load_model(own.run, own.step, log)
-  check_room(opened, own.slots, own.capacity, f"--slots {own.slots} --capacity {own.capacity}")
-  template, names = read_template(own.run, own.chat_template)
+  args = tyro.cli(ServeArgs, prog="python -m engram_jax serve", args=argv, description=__doc__)
+  key = args.api_key if args.api_key is not None else os.environ.get(API_KEY)
+  check(args, key)
+  model = load_model(args.run, args.step, log)
+  check_device_memory(
+    model, args.slots, args.capacity, f"--slots {args.slots} --capacity {args.capacity}"
+  )
+  template, names = read_template(args.run, args.chat_template)
   with contextlib.ExitStack() as stack:
-    source = opened.source(stack, own.rows)
-    decoder = Decoder(opened.weights, source, own.capacity, chunk=min(own.chunk, own.capacity))
-    return _serve(own, key, opened, decoder, template, names, log)
+    row_source = model.open_row_source(stack, args.rows)
+    decoder = Decoder(
+      model.weights, row_source, args.capacity, chunk=min(args.chunk, args.capacity)
+    )
+    return _serve(args, key, model, decoder, template, names)
 
 
-def check(own: Args, key: str | None) -> None:
-  """ConfigError before anything is read."""
+def check(args: ServeArgs, key: str | None) -> None:
+  """Raises ConfigError for values that are out of range or unsafe, before anything is read."""
   missing = [n for n in ("fastapi", "uvicorn", "jinja2") if importlib.util.find_spec(n) is None]
   if missing:
     raise ConfigError(f"serve needs {', '.join(missing)}: pip install 'engram_jax[serve]'")
@@ -86,23 +91,23 @@ def check(own: Args, key: str | None) -> None:
     ("port", 0, 65535),
     ("slots", 1, 4096),
     ("queue", 1, 1 << 20),
-    ("capacity", 2, LONGEST_CONTEXT),
+    ("capacity", 2, MAX_CONTEXT),
     ("chunk", 1, 1 << 16),
   ):
-    if not low <= getattr(own, name) <= high:
-      raise ConfigError(f"--{name} {getattr(own, name)} must be from {low} to {high}")
+    if not low <= getattr(args, name) <= high:
+      raise ConfigError(f"--{name} {getattr(args, name)} must be from {low} to {high}")
   if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
     raise ConfigError("--api_key must be printable ASCII, not empty, without spaces around it")
-  if key is None and not is_loopback(own.host):
+  if key is None and not is_loopback(args.host):
     raise ConfigError(
-      f"--host {own.host} lets other machines in: give --api_key KEY (or {API_KEY}=KEY), or keep "
+      f"--host {args.host} lets other machines in: give --api_key KEY (or {API_KEY}=KEY), or keep "
       "127.0.0.1"
     )
-  own.rows.check()
+  args.rows.check()
 
 
 def is_loopback(host: str) -> bool:
-  """Whether only this machine can reach the address."""
+  """Returns True if only this machine can reach the address."""
   try:
     return ipaddress.ip_address(host.strip("[]")).is_loopback
   except ValueError:
@@ -110,83 +115,84 @@ def is_loopback(host: str) -> bool:
 
 
 def read_template(
-  run: pathlib.Path, given: pathlib.Path | None = None
+  run: pathlib.Path, path: pathlib.Path | None = None
 ) -> tuple[str | None, Mapping[str, str]]:
   """The chat template of a run, None if it has none, and the special tokens it may name.
 
-  They come as published models have them: in tokenizer_config.json, the template also in
-  chat_template.jinja. ConfigError for files that are not that.
+  They are stored as in published models: in tokenizer_config.json, the template also in
+  chat_template.jinja; path: a template elsewhere. Raises ConfigError for files of another kind.
   """
-  path = run / "tokenizer_config.json"
+  config_path = run / "tokenizer_config.json"
   config: Any = {}
-  if path.exists():
+  if config_path.exists():
     try:
-      config = json.loads(path.read_text("utf-8"))
+      config = json.loads(config_path.read_text("utf-8"))
     except (ValueError, OSError) as error:
-      raise ConfigError(f"{path}: {error}") from None
+      raise ConfigError(f"{config_path}: {error}") from None
   if not isinstance(config, dict):
-    raise ConfigError(f"{path}: must be an object, not {type(config).__name__}")
-  tokens = {k: _content(v) for k, v in config.items() if k in ("bos_token", "eos_token")}
+    raise ConfigError(f"{config_path}: must be an object, not {type(config).__name__}")
+  tokens = {k: _token_text(v) for k, v in config.items() if k in ("bos_token", "eos_token")}
   names = {k: v for k, v in tokens.items() if isinstance(v, str)}
-  file = given or run / "chat_template.jinja"
-  if given or file.exists():
+  file = path or run / "chat_template.jinja"
+  if path or file.exists():
     try:
       return file.read_text("utf-8"), names
     except (ValueError, OSError) as error:
       raise ConfigError(f"chat template {file}: {error}") from None
-  template = _default(config.get("chat_template"))
+  template = _default_template(config.get("chat_template"))
   if not isinstance(template, str | None):
-    raise ConfigError(f"{path}: chat_template must be a string, not {type(template).__name__}")
+    raise ConfigError(
+      f"{config_path}: chat_template must be a string, not {type(template).__name__}"
+    )
   return template, names
 
 
-def _default(template: Any) -> Any:
-  """Of several, which have names, the one called so."""
+def _default_template(template: Any) -> Any:
+  """The template called "default", of several that have names."""
   if not (isinstance(template, list) and all(isinstance(t, dict) for t in template)):
     return template
   return next((t.get("template") for t in template if t.get("name") == "default"), None)
 
 
-def _content(token: Any) -> Any:
+def _token_text(token: Any) -> Any:
   return token.get("content") if isinstance(token, dict) else token
 
 
 def _serve(
-  own: Args,
+  args: ServeArgs,
   key: str | None,
-  opened: LoadedModel,
+  model: LoadedModel,
   decoder: Decoder,
   template: str | None,
   names: Mapping[str, str],
-  log: Any,
 ) -> int:
   # Here, not above: the other commands do without the extra.
   from engram_jax.serve.api import LOOPBACK, Service, make_app
   from engram_jax.serve.engine import Engine
-  from engram_jax.serve.prompts import Words
-  from engram_jax.serve.server import Server, warm
+  from engram_jax.serve.prompts import PromptEncoder
+  from engram_jax.serve.server import Server, warm_up
 
-  words = Words(opened.tokenizer, template, names)
-  end = opened.tokenizer.token_to_id(names.get("eos_token", ""))
-  stop_ids = {opened.end_id} | ({end} if end is not None else set())
-  engine = Engine(decoder, opened.tokenizer, slots=own.slots, queue=own.queue, stop_ids=stop_ids)
+  encoder = PromptEncoder(model.tokenizer, template, names)
+  end = model.tokenizer.token_to_id(names.get("eos_token", ""))
+  stop_ids = {model.end_id} | ({end} if end is not None else set())
+  engine = Engine(decoder, model.tokenizer, slots=args.slots, queue=args.queue, stop_ids=stop_ids)
   with StopRequest() as stop, engine:
-    log(f"compiling for {own.slots} requests of {own.capacity} tokens ...")
-    warm(engine)
-    hosts = LOOPBACK | {own.host.lower()} if key is None else None
-    name = own.run.resolve().name
-    app = make_app(Service(engine, words, name, key, hosts))
-    opened_at = lambda address: log(f"serving {name}, step {opened.step}: {address}")
-    server = Server(app, own.host.strip("[]"), own.port, opened_at)
+    log(f"compiling for {args.slots} requests of {args.capacity} tokens ...")
+    warm_up(engine)
+    hosts = LOOPBACK | {args.host.lower()} if key is None else None
+    name = args.run.resolve().name
+    app = make_app(Service(engine, encoder, name, key, hosts))
+    on_start = lambda address: log(f"serving {name}, step {model.step}: {address}")
+    server = Server(app, args.host.strip("[]"), args.port, on_start)
     if not stop.requested:
-      _run(server, own)
+      _run(server, args)
   log("stopped")
   return 0
 
 
-def _run(server: Any, own: Args) -> None:
-  """Until a signal."""
+def _run(server: Any, args: ServeArgs) -> None:
+  """Runs the server until a signal."""
   try:
     server.run()
   except SystemExit:  # uvicorn has logged why
-    raise ConfigError(f"cannot listen on --host {own.host} --port {own.port}") from None
+    raise ConfigError(f"cannot listen on --host {args.host} --port {args.port}") from None

@@ -1,4 +1,4 @@
-"""Every knob of a run: frozen pydantic models, read from YAML files that extend one another.
+"""All settings of a run: frozen pydantic models, read from YAML files that extend one another.
 
     cfg = load_config("configs/tiny.yaml", overrides={"train.steps": 20})
 
@@ -10,6 +10,7 @@ refused with both numbers. Loading a config runs no code and touches no device.
 from engram_jax.config.load import build, explain, fields, load_config, nearest
 from engram_jax.config.model import (
   DIALECTS,
+  MAX_ROWS,
   TABLE_OPTIMIZERS,
   AttentionConfig,
   EngramConfig,
@@ -33,6 +34,7 @@ from engram_jax.config.run import (
 __all__ = [
   "DIALECTS",
   "FILE_SOURCES",
+  "MAX_ROWS",
   "TABLE_OPTIMIZERS",
   "AttentionConfig",
   "Config",

@@ -12,20 +12,20 @@ from engram_jax.errors import ConfigError
 
 
 def load_config(path: str | pathlib.Path | None, overrides: dict[str, Any] | None = None) -> Config:
-  """The checked config of a YAML file, its `extends` chain and overrides by dotted path.
+  """Returns the checked config of a YAML file, its `extends` chain and overrides by dotted path.
 
   path: `configs/NAME.yaml` that is not in the working folder is the one that the package ships.
 
   Raises ConfigError (exit code 2) naming the file, the field, its value and what would be valid.
   """
-  tree = _read(_found(pathlib.Path(path)), ()) if path is not None else {}
+  tree = _read(_resolve_shipped(pathlib.Path(path)), ()) if path is not None else {}
   for dotted, value in (overrides or {}).items():
     _set(tree, dotted, value)
   return build(tree, where=str(path or "overrides"))
 
 
 def build(tree: dict[str, Any], where: str) -> Config:
-  """`Config` from nested dicts, with this project's error messages."""
+  """Builds a `Config` from nested dicts; ConfigError with one line for each mistake."""
   try:
     return Config.model_validate(tree)
   except pydantic.ValidationError as error:
@@ -33,7 +33,7 @@ def build(tree: dict[str, Any], where: str) -> Config:
 
 
 def explain(error: pydantic.ValidationError, where: str) -> str:
-  """One line a mistake: the field, the value, and what would be valid."""
+  """The text of an error: one line a mistake, with field, value, and what would be valid."""
   return "\n".join(_explain(item, where) for item in error.errors())
 
 
@@ -50,7 +50,7 @@ def _explain(item: Any, where: str) -> str:
 
 
 def fields(model: type[pydantic.BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
-  """Every leaf field by dotted path, with its annotation."""
+  """Returns all leaf fields by dotted path, with their annotations."""
   found = {}
   for name, info in model.model_fields.items():
     kind = info.annotation
@@ -94,14 +94,14 @@ def _shipped() -> pathlib.Path:
 
 
 def _alternatives(path: pathlib.Path) -> str:
-  """What a mistyped configs/NAME.yaml may have meant."""
+  """The end of a message about a mistyped configs/NAME.yaml: the names that exist."""
   if path.parent != pathlib.Path("configs"):
     return ""
   names = ", ".join(sorted(file.stem for file in _shipped().glob("*.yaml")))
   return f"; the package ships configs/NAME.yaml for {names}"
 
 
-def _found(path: pathlib.Path) -> pathlib.Path:
+def _resolve_shipped(path: pathlib.Path) -> pathlib.Path:
   shipped = _shipped() / path.name
   is_shipped = path.parent == pathlib.Path("configs") and shipped.is_file()
   return shipped if is_shipped and not path.exists() else path

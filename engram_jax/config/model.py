@@ -1,4 +1,4 @@
-"""What every section of a config is made of."""
+"""The sections of a config that describe the model, and the types that all sections are made of."""
 
 import pathlib
 from typing import Annotated, Any, Literal
@@ -25,12 +25,15 @@ TABLE_OPTIMIZERS = module_names("tables/optimizers")
 
 
 class Frozen(pydantic.BaseModel):
+  """An immutable section of a config, which refuses unknown fields, NaN and infinity."""
+
   model_config = pydantic.ConfigDict(
     frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
   )
 
 
 def require(ok: bool, message: str) -> None:
+  """Raises ValueError with the message unless `ok`."""
   if not ok:
     raise ValueError(message)
 
@@ -41,24 +44,24 @@ class EngramConfig(Frozen):
   layers: tuple[Count, ...] = ()
   """0-based blocks that read a memory at their entry."""
   max_ngram: Annotated[int, Field(ge=2, le=8)] = 3
-  """N: suffix n-grams of orders 2..N."""
+  """Suffix n-grams of orders 2 to this number."""
   heads: Positive = 8
-  """K: hash heads per order."""
+  """Hash heads per order."""
   row_width: Positive = 64
-  """C: width of one row."""
+  """C, width of one row."""
   rows_per_head: tuple[Positive, ...] = (646_400,)
-  """Where each order's prime search starts, one number per order; one number serves all orders."""
+  """Start of each order's prime search, one number per order; one number serves all orders."""
   seed: Count = 0
-  """Of the hash multipliers."""
+  """Seed of the hash multipliers."""
   pad_id: Count = 2
   """Raw id that stands before the start of a text."""
-  dialect: Literal[DIALECTS] = "engram"  # pyright: ignore[reportInvalidTypeForm]
+  dialect: Literal[DIALECTS] = "engram"  # ty: ignore[invalid-type-form]  # made at import
   """A file of memory/dialects."""
   gate: Literal["signed_sqrt", "sigmoid"] = "signed_sqrt"
   bias: bool = False
   """On the key and value projections (the demo has it, V4.1 has not)."""
   conv_kernel: Count = 4
-  """Taps of the causal depthwise convolution, dilation N; 0 = none."""
+  """Taps of the causal depthwise convolution, dilated by max_ngram; 0 = none."""
   norm_eps: Annotated[float, Field(gt=0)] = 1.1920928955078125e-07
   """Key and query norms."""
   conv_norm_eps: Annotated[float, Field(gt=0)] = 1e-5
@@ -67,8 +70,8 @@ class EngramConfig(Frozen):
   table_dtype: Literal["float32", "bfloat16"] = "float32"
   """Stored; bf16 rows are rounded stochastically when updated, with no f32 copy."""
   placement: Literal["device", "host", "file"] = "device"
-  """Where tables and their optimizer's state lie while training: on the accelerators, in the memory
-  of their host, or in sparse files in the run's folder; the last two for one device."""
+  """The place of tables and their optimizer's state while training: on the accelerators, in the
+  memory of their host, or in sparse files in the run's folder; the last two for one device."""
   exchange_capacity: Annotated[float, Field(gt=0)] = 1.25
   """Rows one exchange can carry, over a batch's lookups; what is above travels in more rounds."""
 
@@ -110,17 +113,17 @@ class EngramConfig(Frozen):
 
   @property
   def on_host(self) -> bool:
-    """Whether there are tables, and they are not on the accelerators."""
+    """Says whether there are tables, and they are not on the accelerators."""
     return bool(self.layers) and self.placement != "device"
 
   @property
   def hash_heads(self) -> int:
-    """J: rows looked up per token, (N-1) K."""
+    """J, rows looked up per token: orders x heads."""
     return (self.max_ngram - 1) * self.heads
 
   @property
   def memory_width(self) -> int:
-    """M = J C: width of what one token retrieves."""
+    """M = J C, width of the vector that one token retrieves."""
     return self.hash_heads * self.row_width
 
 
@@ -134,7 +137,7 @@ class YarnConfig(Frozen):
   """Rotations above which it is left alone."""
   original_length: Positive = 4096
   attention_factor: Annotated[float, Field(gt=0)] = 0.707
-  """F: logits scale by (0.1 f ln s + 1)^2."""
+  """Logits scale by (0.1 attention_factor ln scale + 1)^2."""
 
   @model_validator(mode="after")
   def _check(self) -> "YarnConfig":
@@ -170,14 +173,14 @@ class MoEConfig(Frozen):
   """DeepSeekMoE feed-forward with loss-free balancing (arXiv 2401.06066, 2408.15664)."""
 
   routed_experts: Count = 16
-  """E; 0 = every block has a dense feed-forward."""
+  """Number of routed experts; 0 = every block has a dense feed-forward."""
   top_k: Positive = 2
   shared_experts: Count = 1
   expert_width: Positive = 128
   leading_dense_layers: Count = 1
   dense_width: Positive = 384
   bias_step: Rate = 1e-3
-  """How far an expert's bias moves against its load after each step."""
+  """Distance by which an expert's bias moves against its load after each step."""
   route_scale: Annotated[float, Field(gt=0)] = 1.0
   dispatch: Literal["auto", "blocked", "ragged", "dense"] = "auto"
   """Auto: blocked on CPU."""
@@ -196,17 +199,19 @@ class ResidualConfig(Frozen):
   """Manifold-constrained hyper-connections (arXiv 2512.24880); one branch = a plain residual."""
 
   branches: Positive = 4
-  """G."""
+  """G, branches of the residual stream."""
   sinkhorn_iterations: Positive = 20
   initial_scale: Rate = 0.01
-  """Of the input-dependent part of the mixing."""
+  """Initial scale of the input-dependent part of the mixing."""
 
 
 class ModelConfig(Frozen):
+  """The mixture-of-experts language model."""
+
   vocab_size: Positive = 4096
-  """V."""
+  """V, token ids."""
   width: Positive = 128
-  """D."""
+  """D, model width."""
   layers: Positive = 4
   tie_embeddings: bool = False
   norm_eps: Annotated[float, Field(gt=0)] = 1e-6
@@ -216,7 +221,7 @@ class ModelConfig(Frozen):
   scan_layers: bool = False
   """One compiled body for each run of equal blocks; blocks with a memory stand alone."""
   remat: Literal["none", "dots", "block"] = "none"
-  """What the backward pass computes again: nothing, all but matrix products, whole blocks."""
+  """Parts that the backward pass computes again: none, all but matrix products, full blocks."""
   attention: AttentionConfig = AttentionConfig()
   moe: MoEConfig = MoEConfig()
   residual: ResidualConfig = ResidualConfig()
@@ -240,5 +245,5 @@ class ModelConfig(Frozen):
     return self
 
   def is_moe(self, layer: int) -> bool:
-    """Whether block `layer` (0-based) has routed experts."""
+    """Says whether block `layer` (0-based) has routed experts."""
     return self.moe.routed_experts > 0 and layer >= self.moe.leading_dense_layers

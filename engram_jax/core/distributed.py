@@ -1,20 +1,22 @@
-"""Several processes, usually one a host: how they start, and how they stay of one mind.
+"""Several processes, usually one a host: how they start, and how they stay in step.
 
-Every process runs the same program on the same config and calls what is here in the same order. JAX
-joins them (`jax.distributed`): afterwards `jax.devices()` are those of all, and an array may be
-spread over them.
+Every process runs the same program on the same config and calls these functions in the same order.
+JAX joins them (`jax.distributed`): afterwards `jax.devices()` are those of all processes, and an
+array may be sharded over them.
 
   start(cfg.distributed)              before anything that touches a device
-  on_main(lambda: ...)                process 0 does it, every process gets the outcome
-  agree(problem)                      a problem of one process is everybody's
+  on_main(lambda: ...)                process 0 runs it, every process gets the result
+  first_error(message)                an error of one process is raised in all
   stop_flags(mesh, stop.requested)    for the step to reduce: all see a signal at the same step
+
+Local letter: P, devices of the mesh.
 """
 
 import functools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,19 +25,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.config import DistributedConfig
-from engram_jax.core.rendezvous import roll_call
+from engram_jax.core.rendezvous import rendezvous
 from engram_jax.errors import ConfigError, DataError, StorageError
 
-_TOLD = (ConfigError, DataError, StorageError, ValueError)  # raised alike in every process
-_LEAST_SECONDS = 10  # for JAX's own start, once everybody is known to be there
+_SHARED_ERRORS = (ConfigError, DataError, StorageError, ValueError)  # raised alike in every process
+_MIN_SECONDS = 10  # for JAX's own start, once every process is known to be there
 
 
-class Place(NamedTuple):
-  """Where this process stands among all."""
+class ClusterSpec(NamedTuple):
+  """This process's number and those of the others, as `jax.distributed.initialize` takes them."""
 
-  coordinator: str
-  processes: int
-  process: int
+  coordinator_address: str
+  num_processes: int
+  process_id: int
 
 
 def start(cfg: DistributedConfig) -> None:
@@ -45,35 +47,38 @@ def start(cfg: DistributedConfig) -> None:
   and JAX_PROCESS_ID, else those of the cluster that JAX finds itself in (SLURM, a Cloud TPU pod
   slice, Open MPI, Kubernetes jobs).
 
-  Raises ConfigError within `cfg.timeout` seconds, in each process, naming who is missing. A process
-  that dies later takes the others with it (JAX ends them), after about as long.
+  Raises ConfigError within `cfg.timeout` seconds, in each process, naming those that are missing. A
+  process that dies later takes the others with it (JAX ends them), after about as long.
   """
-  place = find_place(cfg, os.environ)
-  if place is None or place.processes == 1:
+  cluster = find_cluster(cfg, os.environ)
+  if cluster is None or cluster.num_processes == 1:
     return
   begin = time.monotonic()
-  roll_call(*place, cfg.timeout)
-  left = cfg.timeout - (time.monotonic() - begin)
+  rendezvous(*cluster, cfg.timeout)
+  remaining = cfg.timeout - (time.monotonic() - begin)
   jax.distributed.initialize(
-    *place,
-    initialization_timeout=max(_LEAST_SECONDS, int(left)),
-    heartbeat_timeout_seconds=max(_LEAST_SECONDS, cfg.timeout),
+    *cluster,
+    initialization_timeout=max(_MIN_SECONDS, int(remaining)),
+    heartbeat_timeout_seconds=max(_MIN_SECONDS, cfg.timeout),
     # An exit on one host alone would otherwise wait five minutes for the rest.
-    shutdown_timeout_seconds=max(_LEAST_SECONDS, cfg.timeout),
+    shutdown_timeout_seconds=max(_MIN_SECONDS, cfg.timeout),
   )
 
 
-def find_place(cfg: DistributedConfig, environment: dict[str, str] | os._Environ) -> Place | None:
-  """What the flags, or else the environment, say; None where they name no other process."""
+def find_cluster(cfg: DistributedConfig, environment: Mapping[str, str]) -> ClusterSpec | None:
+  """The cluster that the flags, or else the environment, name; None for a process by itself.
+
+  Raises ConfigError where only a part of it is named.
+  """
   address = cfg.coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
   if cfg.processes:
-    return Place(address or "", cfg.processes, cfg.process)
+    return ClusterSpec(address or "", cfg.processes, cfg.process)
   if "JAX_NUM_PROCESSES" in environment:
     return _from_variables(address, environment)
-  return _from_cluster(address, cfg, environment)
+  return _from_cluster_manager(address, cfg, environment)
 
 
-def _from_variables(address: str | None, environment: dict[str, str] | os._Environ) -> Place:
+def _from_variables(address: str | None, environment: Mapping[str, str]) -> ClusterSpec:
   numbers = []
   for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
     value = environment.get(name, "")
@@ -88,12 +93,12 @@ def _from_variables(address: str | None, environment: dict[str, str] | os._Envir
       f"JAX_NUM_PROCESSES={processes} need to find one another: set JAX_COORDINATOR_ADDRESS, or "
       "give distributed.coordinator=HOST:PORT"
     )
-  return Place(address or "", processes, process)
+  return ClusterSpec(address or "", processes, process)
 
 
-def _from_cluster(
-  address: str | None, cfg: DistributedConfig, environment: dict[str, str] | os._Environ
-) -> Place | None:
+def _from_cluster_manager(
+  address: str | None, cfg: DistributedConfig, environment: Mapping[str, str]
+) -> ClusterSpec | None:
   # No public name: JAX's start detects and joins in one go, and aborts where one is missing.
   from jax._src.clusters import ClusterEnv
 
@@ -104,7 +109,7 @@ def _from_cluster(
       continue  # a lone pod
     if cluster.is_env_present():
       port = environment.get("JAX_COORDINATOR_PORT")
-      return Place(
+      return ClusterSpec(
         address
         or cluster.get_coordinator_address(
           timeout_secs=cfg.timeout, override_coordinator_port=port
@@ -120,76 +125,80 @@ def _from_cluster(
   return None
 
 
-def several() -> bool:
-  """Whether there are other processes; touches no device where `start` found none."""
+def is_multiprocess() -> bool:
+  """Says whether there are other processes; touches no device where `start` found none."""
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_main() -> bool:
-  """Whether this is process 0, the one that writes and speaks."""
-  return not several() or jax.process_index() == 0
+  """Says whether this is process 0, which writes files and logs."""
+  return not is_multiprocess() or jax.process_index() == 0
 
 
-def agree(problem: str | None) -> str | None:
-  """The first process's problem in all of them, None where none has one; all call it together."""
-  if not several():
-    return problem
-  for process, said in enumerate(_gather((problem or "").encode())):
-    if said:
-      return f"process {process}: {said.decode()}"
+def first_error(message: str | None) -> str | None:
+  """Returns the first process's error message in all of them, or None where there is none.
+
+  All processes call it together.
+  """
+  if not is_multiprocess():
+    return message
+  for process, encoded in enumerate(_allgather((message or "").encode())):
+    if encoded:
+      return f"process {process}: {encoded.decode()}"
   return None
 
 
-def on_main(act: Callable[[], Any]) -> Any:
-  """What `act` returns in process 0 (JSON values), in every process; all call it together.
+def on_main(function: Callable[[], Any]) -> Any:
+  """Runs a function in process 0 and returns its result (JSON values) in every process.
 
-  A ConfigError, DataError, StorageError or ValueError of process 0 is raised in every process, and
-  any other exception in process 0 while the others get a RuntimeError.
+  All processes call it together. A ConfigError, DataError, StorageError or ValueError of process 0
+  is raised in every process, and any other exception in process 0 while the others get a
+  RuntimeError.
   """
-  if not several():
-    return act()
+  if not is_multiprocess():
+    return function()
   outcome, raised = {}, None
   if is_main():
     try:
-      outcome = {"value": act()}
+      outcome = {"value": function()}
     except Exception as error:
       raised = error
-      outcome = {"error": _kind(error), "message": str(error)}
-  outcome = json.loads(_gather(json.dumps(outcome).encode() if is_main() else b"")[0])
+      outcome = {"error": _shared_type(error), "message": str(error)}
+  outcome = json.loads(_allgather(json.dumps(outcome).encode() if is_main() else b"")[0])
   if raised is not None:
     raise raised
   if "error" in outcome:
-    kinds = {kind.__name__: kind for kind in _TOLD}
-    kind = kinds.get(outcome["error"], RuntimeError)
-    raise kind(outcome["message"])
+    error_types = {error_type.__name__: error_type for error_type in _SHARED_ERRORS}
+    raise error_types.get(outcome["error"], RuntimeError)(outcome["message"])
   return outcome["value"]
 
 
-def _kind(error: Exception) -> str:
-  return next((kind.__name__ for kind in _TOLD if isinstance(error, kind)), "RuntimeError")
+def _shared_type(error: Exception) -> str:
+  names = (kind.__name__ for kind in _SHARED_ERRORS if isinstance(error, kind))
+  return next(names, "RuntimeError")
 
 
-def _gather(said: bytes) -> list[bytes]:
-  """What each process says, in every process."""
-  sizes = multihost_utils.process_allgather(np.int32(len(said)))
+def _allgather(payload: bytes) -> list[bytes]:
+  """Every process's payload, in every process."""
+  sizes = multihost_utils.process_allgather(np.int32(len(payload)))
   padded = np.zeros(max(1, int(sizes.max())), np.uint8)
-  padded[: len(said)] = np.frombuffer(said, np.uint8)
-  everything = multihost_utils.process_allgather(padded)
-  return [row[:size].tobytes() for row, size in zip(everything, sizes.tolist(), strict=True)]
+  padded[: len(payload)] = np.frombuffer(payload, np.uint8)
+  gathered = multihost_utils.process_allgather(padded)
+  return [row[:size].tobytes() for row, size in zip(gathered, sizes.tolist(), strict=True)]
 
 
 @functools.lru_cache(maxsize=8)
-def _flags(mesh: Mesh, flag: bool) -> jax.Array:
-  axes = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-  mine = np.full((1,), flag, np.int32)
-  return jax.make_array_from_callback((mesh.size,), axes, lambda _: mine)
+def _stop_flags(mesh: Mesh, flag: bool) -> jax.Array:
+  sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+  local_flag = np.full((1,), flag, np.int32)
+  return jax.make_array_from_callback((mesh.size,), sharding, lambda _: local_flag)
 
 
 def stop_flags(mesh: Mesh, flag: bool) -> jax.Array:
-  """int32 [devices], sharded over all of them: 1 on the devices of processes whose flag is set.
+  """int32 [P], an entry on each device: 1 on the devices of processes whose flag is set.
 
-  An argument of the train step, which returns its maximum among the metrics: read where those are
-  read anyway, it tells all processes of one process's signal at the same step, without another
-  synchronisation. Made once for each value; do not donate it.
+  It is an argument of the train step, which returns its maximum among the metrics: read where those
+  are read anyway, it shows all processes one process's signal at the same step, without another
+  synchronisation. It is made once for each value; do not donate it.
   """
-  return _flags(mesh, bool(flag))
+  return _stop_flags(mesh, bool(flag))

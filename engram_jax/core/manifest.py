@@ -1,18 +1,22 @@
-"""The manifest of a checkpoint: what it holds, down to the digest of every file.
+"""The manifest of a checkpoint: a list of its leaves, and of all its files with their digests.
 
-Checkpoint formats restore a file with a flipped bit without a word. A manifest written last, after
-every file it names is on the disk, says which checkpoints are complete and unchanged:
+Checkpoint formats restore a file with a flipped bit without an error. A manifest written last,
+after every file it names is on the disk, tells which checkpoints are complete and unchanged:
 
-    content = build(directory, step=100, tree={"w": "float32[2,3]"}, ...)
+    content = build(directory, step=100, tree={"w": "float32[2,3]"}, meta={})
     write(directory, content)
-    problem = verify(directory)          # None, or one line saying what is wrong
+    problem = verify(directory)          # None, or one line that describes the damage
 
 `manifest.json` is `{"digest": sha256 of the canonical JSON of content, "content": {...}}`, so that
 a damaged manifest is noticed like any other damaged file.
+
+`replace_file` and `sync_directory` are for any file that a crash must not leave half written.
 """
 
+import contextlib
 import errno
 import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -22,24 +26,20 @@ from engram_jax.errors import StorageError
 
 NAME = "manifest.json"
 FORMAT = 1
+PARTIAL = ".partial"  # ends the name of a file that is being written
+_LIBRARIES = ("engram_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def build(
-  directory: pathlib.Path,
-  *,
-  step: int,
-  tree: dict[str, str],
-  meta: dict[str, Any],
-  versions: dict[str, str],
+  directory: pathlib.Path, *, step: int, tree: dict[str, str], meta: dict[str, Any]
 ) -> dict[str, Any]:
-  """The manifest's content for the files below `directory`, which are synced to the disk.
+  """Describes the files below `directory`, as a manifest's content, and syncs them to the disk.
 
   Args:
     directory: a complete checkpoint, no longer being written.
     step: the step it was taken after.
-    tree: per leaf path, its dtype and shape, "float32[2,3]".
-    meta: whatever the caller wants back (JSON values).
-    versions: of the libraries that wrote it.
+    tree: dtype and shape of each leaf by path, "float32[2,3]".
+    meta: JSON values of the caller's.
 
   Raises OSError if a file cannot be read or synced.
   """
@@ -52,7 +52,7 @@ def build(
   return {
     "format": FORMAT,
     "step": step,
-    "versions": versions,
+    "versions": _versions(),
     "meta": meta,
     "tree": tree,
     "files": files,
@@ -62,17 +62,11 @@ def build(
 def write(directory: pathlib.Path, content: dict[str, Any]) -> None:
   """Writes the manifest so that it is either absent or complete, whenever the process dies."""
   text = json.dumps({"digest": _digest(content), "content": content}, indent=1, allow_nan=False)
-  unfinished = directory / f"{NAME}.tmp"
-  with open(unfinished, "w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(unfinished, directory / NAME)
-  sync_directory(directory)
+  replace_file(directory / NAME, text.encode())
 
 
 def read(directory: pathlib.Path) -> dict[str, Any]:
-  """The content of an undamaged manifest; StorageError saying what is wrong with it otherwise."""
+  """Returns the content of a manifest; StorageError that describes the damage if there is any."""
   path = directory / NAME
   try:
     stored = json.loads(path.read_bytes())
@@ -91,7 +85,7 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def verify(directory: pathlib.Path) -> str | None:
-  """What is wrong with the checkpoint in `directory`, in one line; None when nothing is.
+  """Describes the damage to the checkpoint in `directory`, in one line; None if there is none.
 
   Reads every file once. Files the manifest does not name are ignored.
   """
@@ -100,10 +94,24 @@ def verify(directory: pathlib.Path) -> str | None:
   except StorageError as error:
     return str(error)
   for name, expected in content["files"].items():
-    problem = _compare(directory / name, expected)
+    problem = _difference(directory / name, expected)
     if problem:
       return f"{directory / name} {problem}"
   return None
+
+
+def replace_file(path: pathlib.Path, content: bytes) -> None:
+  """Writes a file aside, syncs it and renames it: whenever the process dies, old or new is there.
+
+  Raises OSError if it cannot be written.
+  """
+  partial = path.with_name(path.name + PARTIAL)
+  with open(partial, "wb") as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(partial, path)
+  sync_directory(path.parent)
 
 
 def sync_directory(path: pathlib.Path) -> None:
@@ -118,7 +126,7 @@ def sync_directory(path: pathlib.Path) -> None:
     os.close(descriptor)
 
 
-def _compare(path: pathlib.Path, expected: dict[str, Any]) -> str | None:
+def _difference(path: pathlib.Path, expected: dict[str, Any]) -> str | None:
   try:
     size = path.stat().st_size
     if size != expected["bytes"]:
@@ -138,6 +146,14 @@ def _describe(path: pathlib.Path, sync: bool = False) -> dict[str, Any]:
     if sync:
       os.fsync(file.fileno())
     return {"bytes": file.tell(), "sha256": digest}
+
+
+def _versions() -> dict[str, str]:
+  versions = {}
+  for name in _LIBRARIES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a source tree
+      versions[name] = importlib.metadata.version(name)
+  return versions
 
 
 def _digest(content: Any) -> str:

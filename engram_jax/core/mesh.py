@@ -2,6 +2,8 @@
 
 `data`, `fsdp` and `expert` divide the batch; `fsdp` divides parameters too, `expert` the routed
 experts, `tensor` the width of matrices. Memory tables are sharded over all four, flattened.
+
+Local letters: L, memories; b, examples of the batch on this process's devices.
 """
 
 import math
@@ -21,7 +23,7 @@ BATCH_AXES = ("data", "fsdp", "expert")
 def make_mesh(
   shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """A mesh over the devices (default: all), by axis name; axes not named have size 1.
+  """Returns a mesh over the devices (default: all), by axis name; axes not named have size 1.
 
   Without a shape all devices are on `data`. Raises ValueError for an unknown axis, or sizes that do
   not multiply to the number of devices.
@@ -38,27 +40,27 @@ def make_mesh(
       "positive sizes must multiply to that number"
     )
   # jax.make_mesh refuses sizes that split an axis of the torus, such as 2 x 32 on 4 x 4 x 4.
-  placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  device_array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  return Mesh(device_array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The whole array on every device."""
+  """The sharding that puts a full copy of an array on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The leading axis over `data`, `fsdp` and `expert`, whole on each device along `tensor`."""
+  """The sharding of a batch: its leading axis over `data`, `fsdp` and `expert`."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:
-  """How many parts the batch is divided into."""
+  """The number of shards that `batch_sharding` divides a batch into."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def platform(mesh: Mesh | None) -> str:
-  """What the mesh's devices are, or for None this process's: "cpu", "gpu" or "tpu".
+  """The platform of a mesh's devices, or for None of this process's: "cpu", "gpu" or "tpu".
 
   The devices need not be attached: a topology to compile for has abstract ones.
   """
@@ -78,10 +80,11 @@ def compute_dtype(name: str, platform: str | None = None) -> Any:
 STACKED = ("row_ids", "slots")  # [L, B, T, J]; every other array of a batch is [B, T]
 
 
-def process_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-  """int64 [b], rising: the rows of a batch [B, ...] that lie on this process's devices.
+def process_indices(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+  """Indices, int64 [b] rising, of the examples of a batch [B, ...] on this process's devices.
 
-  Together the processes make every row; two make the same ones where a `tensor` axis crosses them.
+  Together the processes make every example; two make the same ones where a `tensor` axis crosses
+  them.
   Raises ValueError where the sharding does not divide the batch.
   """
   axes = sharding.spec[0] if len(sharding.spec) else ()
@@ -96,29 +99,35 @@ def process_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
 
 
 def to_global(local: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-  """The batch of all processes, sharded by `batch_sharding(mesh)`, from the rows made here.
+  """Returns the batch of all processes, sharded by `batch_sharding(mesh)`.
 
   Args:
-    local: arrays [b, ...], and `row_ids` [L, b, T, J]: the rows of `process_rows`, in its order.
+    local: this process's arrays [b, ...], and `row_ids` int32 [L, b, T, J]: the examples of
+      `process_indices`, in its order.
     mesh: over the devices of all processes.
     batch_size: B, of all processes together.
   """
   sharding = batch_sharding(mesh)
-  rows = process_rows(sharding, batch_size)
-  return {name: _global(array, name, sharding, rows, batch_size) for name, array in local.items()}
+  indices = process_indices(sharding, batch_size)
+  return {
+    name: _to_global(array, name, sharding, indices, batch_size) for name, array in local.items()
+  }
 
 
-def _global(
-  array: np.ndarray, name: str, sharding: NamedSharding, rows: np.ndarray, batch_size: int
+def _to_global(
+  array: np.ndarray, name: str, sharding: NamedSharding, indices: np.ndarray, batch_size: int
 ) -> jax.Array:
   axis = 1 if name in STACKED else 0
   shape = (*array.shape[:axis], batch_size, *array.shape[axis + 1 :])
-  assert array.shape[axis] == len(rows), f"{name} has {array.shape[axis]} rows, not {len(rows)}"
+  assert array.shape[axis] == len(indices), (
+    f"{name} has {array.shape[axis]} examples, not {len(indices)}"
+  )
 
-  def piece(index: tuple[slice, ...]) -> np.ndarray:
+  def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+    assert index is not None
     start, stop, _ = index[axis].indices(batch_size)
-    begin = int(np.searchsorted(rows, start))  # rows of one shard are neighbours here too
+    begin = int(np.searchsorted(indices, start))  # those of one shard are neighbours here too
     return array[(*index[:axis], slice(begin, begin + stop - start))]
 
   spec = PartitionSpec(*(None,) * axis, *sharding.spec)
-  return jax.make_array_from_callback(shape, NamedSharding(sharding.mesh, spec), piece)
+  return jax.make_array_from_callback(shape, NamedSharding(sharding.mesh, spec), shard)

@@ -1,4 +1,4 @@
-"""What a run measured: one JSON object a line, and TensorBoard beside it."""
+"""Metrics of a run: a file with one JSON object a line, and TensorBoard events beside it."""
 
 import json
 import math
@@ -18,17 +18,17 @@ class MetricsWriter:
   A line is `{"step": 100, "loss": 4.2, ...}`. JSON has no NaN or infinity: such a value is written
   as null and named, `{"step": 100, "loss": null, "nonfinite": {"loss": "nan"}}`.
 
-  With several processes all call what is here and process 0 alone writes.
+  With several processes all call its methods and process 0 alone writes.
   """
 
   def __init__(self, directory: str | os.PathLike, tensorboard: bool, resume_step: int | None):
-    """Opens the files, without what a resumed run is about to measure again.
+    """Opens the files and removes the lines that a resumed run is about to write again.
 
     Args:
-      directory: the run's, made if it is not there.
+      directory: folder of the run, made if it is not there.
       tensorboard: write event files too (imports tensorboardX).
-      resume_step: the step of the restored checkpoint: later lines go, as does a last line that
-        was cut off when the process was killed. None starts afresh: every line goes.
+      resume_step: the step of the restored checkpoint: later lines are removed, as is a last line
+        that was cut off when the process was killed. None removes every line.
 
     Raises StorageError if the files cannot be read or written.
     """
@@ -39,7 +39,7 @@ class MetricsWriter:
   def _open(self, tensorboard: bool, resume_step: int | None) -> None:
     try:
       self._path.parent.mkdir(parents=True, exist_ok=True)
-      _keep_until(self._path, resume_step)
+      _remove_after(self._path, resume_step)
       self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
     except OSError as error:
       raise StorageError(f"{self._path} cannot be written: {error}") from error
@@ -52,7 +52,7 @@ class MetricsWriter:
     self.close()
 
   def write(self, step: int, values: dict[str, Any]) -> None:
-    """Writes one line, on the disk's side of this process when it returns.
+    """Writes one line and flushes the file.
 
     Args:
       step: the step the values belong to.
@@ -64,7 +64,7 @@ class MetricsWriter:
     if self._file is None:
       return
     finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
-    line = {"step": int(step)} | {name: finite.get(name) for name in numbers}
+    line: dict[str, Any] = {"step": int(step)} | {name: finite.get(name) for name in numbers}
     if len(finite) < len(numbers):
       line["nonfinite"] = {name: str(numbers[name]) for name in numbers if name not in finite}
     try:
@@ -82,6 +82,7 @@ class MetricsWriter:
       self._board.add_text(name, text, step)
 
   def close(self) -> None:
+    """Closes the files."""
     if self._file is not None:
       self._file.close()
     if self._board is not None:
@@ -102,8 +103,8 @@ def _number(name: str, value: Any) -> bool | int | float:
   return number
 
 
-def _keep_until(path: pathlib.Path, step: int | None) -> None:
-  """Rewrites the file with only the whole lines of steps up to `step`."""
+def _remove_after(path: pathlib.Path, step: int | None) -> None:
+  """Rewrites the file with only the complete lines of steps up to `step`."""
   if not path.exists():
     return
   # A line without its newline was being written when the process died.

@@ -1,9 +1,9 @@
-"""Where time goes: a trace of a few steps, and the matmul speed that MFU is measured against."""
+"""Profiling: a trace of a few steps, and the matmul speed that MFU is measured against."""
 
 import contextlib
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -60,8 +60,8 @@ class TraceWindow:
       self._stop()
 
   @contextlib.contextmanager
-  def step(self, step: int) -> Iterator[None]:
-    """Surrounds a step, which is traced if it is in the window."""
+  def step(self, step: int) -> Generator[None]:
+    """Traces the step that runs inside this context, if it is in the window."""
     if self._window is None or not self._window[0] <= step <= self._window[1]:
       yield
       return
@@ -72,8 +72,11 @@ class TraceWindow:
       yield
 
   def end(self, step: int, result: Any) -> bool:
-    """Ends the trace after the window's last step, once its `result` is there; whether it did."""
-    if not self._running or step < self._window[1]:
+    """Ends the trace after the window's last step, once its `result` is ready.
+
+    Returns True if it did.
+    """
+    if self._window is None or not self._running or step < self._window[1]:
       return False
     jax.block_until_ready(result)
     self._stop()

@@ -1,4 +1,4 @@
-"""Shardings by rule: a parameter's path says which mesh axes divide it.
+"""Shardings by rule: a parameter's path decides which mesh axes divide it.
 
 A rule pairs a pattern of paths with one word per array axis, whose letters are mesh axes. The
 table of the model's rules is model/params.py.
@@ -12,26 +12,25 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 LETTERS = {"f": "fsdp", "t": "tensor", "e": "expert"}
-WHOLE = "."
+UNDIVIDED = "."
 
 
-class Rule(NamedTuple):
-  """How the parameters are divided whose path ends in keys that match `pattern`.
+class ShardingRule(NamedTuple):
+  """The mesh axes that divide the parameters whose path ends in keys that match `pattern`.
 
-  axes: a word per array axis, of the LETTERS of the mesh axes that divide it, major first, or WHOLE
-  for an axis that none does: "e f ." Empty where the whole array stays together, and any number of
-  axes will do.
+  axes: a word per array axis, of the LETTERS of the mesh axes that divide it, major first, or
+  UNDIVIDED for an axis that none does: "e f ." Empty for an undivided array of any number of axes.
   """
 
   pattern: str
   axes: str = ""
 
 
-def shardings(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
+def shardings(tree: Any, rules: Sequence[ShardingRule], mesh: Mesh) -> Any:
   """The NamedSharding of each array (or ShapeDtypeStruct) of a tree; the first matching rule wins.
 
-  A mesh axis that does not divide what is left of an array axis is passed over, so odd sizes are no
-  error.
+  A mesh axis that does not divide the remaining size of an array axis is passed over, so odd sizes
+  are no error.
 
   Raises:
     ValueError: an array that no rule names, one with another number of axes than its rule has
@@ -45,23 +44,23 @@ def shardings(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
 
 
 def state_shardings(state: Any, params: Any, param_shardings: Any, mesh: Mesh) -> Any:
-  """Shardings of a tree that holds copies of the parameters, such as an optax state.
+  """Shardings of a tree that holds arrays like the parameters, such as an optax state.
 
-  An array whose path ends in a parameter's whole path, and has its shape, lies as that parameter
-  does: `.../mu/blocks/0/attention/w_out` as `blocks/0/attention/w_out`. Everything else is whole on
-  every device.
+  An array whose path ends in a parameter's full path, and has its shape, is sharded as that
+  parameter: `.../mu/blocks/0/attention/w_out` as `blocks/0/attention/w_out`. Everything else is
+  replicated.
   """
   paths, _ = jax.tree_util.tree_flatten_with_path(params)
-  places = zip(paths, jax.tree.leaves(param_shardings), strict=True)
-  known = {(path_name(path), tuple(x.shape)): sharding for (path, x), sharding in places}
-  whole = NamedSharding(mesh, PartitionSpec())
+  known_paths = zip(paths, jax.tree.leaves(param_shardings), strict=True)
+  known = {(path_name(path), tuple(x.shape)): sharding for (path, x), sharding in known_paths}
+  replicated = NamedSharding(mesh, PartitionSpec())
 
-  def place(path: Any, x: Any) -> NamedSharding:
+  def sharding_of(path: Any, x: Any) -> NamedSharding:
     keys = path_name(path).split("/")
     endings = (("/".join(keys[i:]), tuple(x.shape)) for i in range(len(keys)))
-    return next((known[ending] for ending in endings if ending in known), whole)
+    return next((known[ending] for ending in endings if ending in known), replicated)
 
-  return jax.tree_util.tree_map_with_path(place, state)
+  return jax.tree_util.tree_map_with_path(sharding_of, state)
 
 
 def path_name(path: Any) -> str:
@@ -71,9 +70,9 @@ def path_name(path: Any) -> str:
 
 
 def find_rule(name: str, shape: tuple[int, ...], rules: Sequence[Any], where: str) -> Any:
-  """The first rule whose pattern matches the end of a path, at a key's beginning.
+  """Returns the first rule whose pattern matches the end of a path, at a key's beginning.
 
-  where: holds the rules, for messages.
+  where: names the table of rules in messages.
 
   Raises ValueError where there is none, or one with another number of axes than the array has.
   """
@@ -88,13 +87,13 @@ def find_rule(name: str, shape: tuple[int, ...], rules: Sequence[Any], where: st
   return rule
 
 
-def _check(rule: Rule) -> None:
-  letters = [letter for word in rule.axes.split() for letter in word if word != WHOLE]
+def _check(rule: ShardingRule) -> None:
+  letters = [letter for word in rule.axes.split() for letter in word if word != UNDIVIDED]
   for letter in letters:
     if letter not in LETTERS:
       raise ValueError(
         f"sharding rule {rule.pattern!r} has letter {letter!r} in {rule.axes!r}: "
-        f"the letters are {', '.join(LETTERS)}, and a word {WHOLE} by itself"
+        f"the letters are {', '.join(LETTERS)}, and a word {UNDIVIDED} by itself"
       )
     if letters.count(letter) > 1:
       raise ValueError(
@@ -103,18 +102,20 @@ def _check(rule: Rule) -> None:
       )
 
 
-def _spec(name: str, shape: tuple[int, ...], rules: Sequence[Rule], mesh: Mesh) -> PartitionSpec:
+def _spec(
+  name: str, shape: tuple[int, ...], rules: Sequence[ShardingRule], mesh: Mesh
+) -> PartitionSpec:
   rule = find_rule(name, shape, rules, "its table of rules")
   words = rule.axes.split()
   return PartitionSpec(
-    *(_dividing(word, size, mesh) for word, size in zip(words, shape, strict=False))
+    *(_dividing_axes(word, size, mesh) for word, size in zip(words, shape, strict=False))
   )
 
 
-def _dividing(word: str, size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
+def _dividing_axes(word: str, size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
   """The mesh axes of a word, those that divide the size."""
   axes = []
-  for axis in () if word == WHOLE else map(LETTERS.get, word):
+  for axis in () if word == UNDIVIDED else (LETTERS[letter] for letter in word):
     if size % mesh.shape[axis] == 0:
       size //= mesh.shape[axis]
       axes.append(axis)

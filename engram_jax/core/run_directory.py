@@ -1,10 +1,11 @@
 """A run's folder: config.yaml, tokenizer.json, metrics.jsonl, checkpoints/, tensorboard/.
 
 A folder belongs to one resolved config for good: the same config resumes it, another is refused.
-Apart from where and on how many devices it runs: these may change from one start to the next.
+Only the fields of `_CHANGEABLE`, such as the number of devices, may change from one start to the
+next.
 
-With several processes all call what is here; process 0 alone reads, writes and locks, and what it
-finds, or finds wrong, is everybody's.
+With several processes all call these functions; process 0 alone reads, writes and locks, and its
+result or error is that of all.
 """
 
 import fcntl
@@ -27,9 +28,11 @@ _BEFORE_CONFIG = (_LOCK, TOKENIZER, TOKENIZER + _PARTIAL, CONFIG + _PARTIAL)
 
 
 def check_config(cfg: Config) -> bool:
-  """Whether the run exists already. ConfigError if its folder holds another config or other files.
+  """Says whether the run exists already.
 
-  Reads only: a refused command has written nothing.
+  Raises ConfigError if its folder holds another config or other files.
+
+  It only reads: a refused command has written nothing.
   """
   return on_main(lambda: _check_config(cfg))
 
@@ -60,15 +63,15 @@ class RunDirectory:
 
   Attributes:
     path: of the folder.
-    known: whether the run existed already when it was locked.
+    is_existing: the run existed already when it was locked.
 
-  Raises ConfigError as `check_config` does, for what another process made of the folder since then,
-  or where one is training in it; StorageError where it cannot be written.
+  Raises ConfigError as `check_config` does, or where another process is training in the folder, and
+  StorageError where it cannot be written.
   """
 
   def __init__(self, cfg: Config, tokenizer_json: str):
     self.path = cfg.run.directory
-    self.known = on_main(lambda: self._open(cfg, tokenizer_json))
+    self.is_existing = on_main(lambda: self._open(cfg, tokenizer_json))
 
   def _open(self, cfg: Config, tokenizer_json: str) -> bool:
     try:
@@ -104,7 +107,10 @@ class RunDirectory:
 
 
 def open_run(directory: str | pathlib.Path) -> Config:
-  """The config of a run on disk, pointed at where the folder is now. ConfigError if it is none."""
+  """Returns the config of a run on disk, with the folder's present place.
+
+  Raises ConfigError where the folder is no run.
+  """
   path = pathlib.Path(directory)
   if not (path / CONFIG).is_file():
     raise ConfigError(f"run {path}: no {CONFIG} there; give a folder that train.py wrote")
@@ -129,9 +135,9 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-# Where a run lies, what feeds it, over which devices it is spread and by which programs it is
-# computed change nothing in what its numbers mean. A name ending in a dot is all below it.
-_FREE = (
+# The folder, the input threads, the devices and the compiled programs of a run do not change what
+# its numbers mean. A name that ends in a dot stands for all fields below it.
+_CHANGEABLE = (
   "run.root",
   "run.tensorboard",
   "train.profile",
@@ -150,8 +156,8 @@ _FREE = (
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-  return [(k, old[k], new[k]) for k in old if not _free(k) and old[k] != new[k]]
+  return [(k, old[k], new[k]) for k in old if not _is_changeable(k) and old[k] != new[k]]
 
 
-def _free(key: str) -> bool:
-  return any(key.startswith(name) if name.endswith(".") else key == name for name in _FREE)
+def _is_changeable(key: str) -> bool:
+  return any(key.startswith(name) if name.endswith(".") else key == name for name in _CHANGEABLE)

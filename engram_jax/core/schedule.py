@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from engram_jax.config import ScheduleConfig
 
-Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+Schedule = Callable[[Any], jax.Array]
 
 
 def learning_rate(cfg: ScheduleConfig, peak: float, steps: int) -> Schedule:

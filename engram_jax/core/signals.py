@@ -9,6 +9,7 @@ with StopRequest() as stop:
 
 import signal
 import types
+from typing import Any
 
 
 class StopRequest:
@@ -28,10 +29,11 @@ class StopRequest:
   def __init__(self) -> None:
     self.signal_name: str | None = None
     self._interrupts = 0
-    self._before: dict[signal.Signals, object] = {}
+    self._before: dict[signal.Signals, Any] = {}
 
   @property
   def requested(self) -> bool:
+    """Says whether a signal has come."""
     return self.signal_name is not None
 
   def __enter__(self) -> "StopRequest":

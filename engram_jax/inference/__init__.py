@@ -1,1 +1,1 @@
-"""Using a trained model: its continuations of a prompt."""
+"""Inference with a trained model: prefill, decoding, sampling, and rows from anywhere."""

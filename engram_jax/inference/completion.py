@@ -1,4 +1,4 @@
-"""Text out of tokens as they come: whole characters only, and nothing past a stop string."""
+"""Text of generated tokens: complete characters only, and nothing past a stop string."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -9,17 +9,17 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from engram_jax.errors import ConfigError
-from engram_jax.inference.decoder import Decoder, continuations
+from engram_jax.inference.decoder import Decoder, generate_tokens
 from engram_jax.inference.sampling import Sampling
-from engram_jax.inference.speculative import speculative_continuations
+from engram_jax.inference.speculative import generate_tokens_speculatively
 
 
 class TextStream:
-  """The text of one request.
+  """The text of one request, decoded token by token.
 
-  What `push` returns is final: a character whose bytes are not all there, and an end that may be
-  the beginning of a stop string, are held back until it is clear what they are. All that was
-  returned, with what `close` returns, is the decoded text up to the first stop string.
+  The text that `push` returns is final: a character whose bytes are incomplete, and an end that may
+  be the beginning of a stop string, are held back until they are decided. The texts returned, with
+  that of `close`, are the decoded text up to the first stop string.
   """
 
   def __init__(self, tokenizer: tokenizers.Tokenizer, stop: Sequence[str] = ()):
@@ -29,36 +29,36 @@ class TextStream:
     self._tokenizer, self._stop = tokenizer, tuple(stop)
     self._decoder, self._ids = DecodeStream(skip_special_tokens=True), []
     self.decoded = 0  # characters of all tokens so far, held back or not
-    self._held = ""
+    self._held_back = ""
     self.stopped = False
 
   def push(self, token: int) -> str:
-    """The text that is certain with this token; "" once a stop string has come."""
+    """Returns the text that is certain with this token; "" after a stop string."""
     if self.stopped:
       return ""
     self._ids.append(token)
-    piece = self._decoder.step(self._tokenizer, token) or ""
-    self.decoded += len(piece)
-    return self._release(piece)
+    text = self._decoder.step(self._tokenizer, token) or ""
+    self.decoded += len(text)
+    return self._release(text)
 
   def close(self) -> str:
-    """What was held back, at the end of the tokens."""
+    """Returns the text held back, at the end of the tokens."""
     if self.stopped:
       return ""
     rest = self._release(self._tokenizer.decode(self._ids)[self.decoded :])
     if not self.stopped:
-      rest, self._held = rest + self._held, ""
+      rest, self._held_back = rest + self._held_back, ""
     return rest
 
-  def _release(self, piece: str) -> str:
-    text = self._held + piece
-    found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-    if found:
-      self.stopped, self._held = True, ""
-      return text[: min(found)]
-    keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-    self._held = text[len(text) - keep :]
-    return text[: len(text) - keep]
+  def _release(self, text: str) -> str:
+    text = self._held_back + text
+    matches = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+    if matches:
+      self.stopped, self._held_back = True, ""
+      return text[: min(matches)]
+    held_back = max((_overlap(text, stop) for stop in self._stop), default=0)
+    self._held_back = text[len(text) - held_back :]
+    return text[: len(text) - held_back]
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -67,21 +67,21 @@ def _overlap(text: str, stop: str) -> int:
   return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
 
 
-Reason = Literal["length", "stop", "end_of_text"]
+FinishReason = Literal["length", "stop", "end_of_text"]
 
 
 @dataclasses.dataclass
 class Completion:
-  """What was said so far after one prompt. finish is None until it ends."""
+  """The text generated so far after one prompt. finish is None until it ends."""
 
   prompt: str
   prompt_tokens: int
   text: str = ""
   tokens: int = 0
-  finish: Reason | None = None
+  finish: FinishReason | None = None
 
 
-def complete(
+def stream_completions(
   decoder: Decoder,
   tokenizer: tokenizers.Tokenizer,
   prompts: Sequence[str],
@@ -90,62 +90,75 @@ def complete(
   *,
   stop: Sequence[str] = (),
   end_id: int | None = None,
-  guesses: int = 0,
+  draft_tokens: int = 0,
 ) -> Iterator[tuple[list[Completion], list[str]]]:
-  """After every step, all completions so far and the text that this step added to each.
+  """Yields, after every step, all completions so far and the text that this step added to each.
 
   Args:
-    samplings: one a prompt. max_new: tokens at most.
-    stop: strings that end a text; not part of it. end_id: a token that does the same.
-    guesses: tokens guessed ahead at each step and checked, if so many are still to come; the texts
+    samplings: one a prompt.
+    max_new: tokens at most.
+    stop: strings that end a text; not part of it.
+    end_id: a token that does the same.
+    draft_tokens: tokens drafted at each step and verified, if so many are still to come; the texts
       are the same with any.
 
   Raises ConfigError for an empty prompt or one that does not fit in the decoder.
   """
-  encoded = encode(tokenizer, prompts)
-  decoder.check(encoded, max_new)
-  done = [Completion(p, len(ids)) for p, ids in zip(prompts, encoded, strict=True)]
+  encoded = encode_prompts(tokenizer, prompts)
+  decoder.check_prompts(encoded, max_new)
+  if max_new < 1:
+    raise ConfigError(f"tokens={max_new} must be at least 1")
+  completions = [Completion(p, len(ids)) for p, ids in zip(prompts, encoded, strict=True)]
   streams = [TextStream(tokenizer, stop) for _ in prompts]
-  for step in _steps(decoder, encoded, samplings, max_new, guesses):
+  for step in _token_steps(decoder, encoded, samplings, max_new, draft_tokens):
     added = []
-    for one, stream, tokens in zip(done, streams, step, strict=True):
-      added.append("".join(_take(one, stream, tokens, end_id, max_new)))
-      one.text += added[-1]
-    yield done, added
-    if all(one.finish for one in done):
+    for completion, stream, tokens in zip(completions, streams, step, strict=True):
+      added.append("".join(_extend(completion, stream, tokens, end_id, max_new)))
+      completion.text += added[-1]
+    yield completions, added
+    if all(completion.finish for completion in completions):
       return
 
 
-def encode(tokenizer: tokenizers.Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-  """Token ids of each prompt, as text was tokenised for training: with nothing put around it."""
+def encode_prompts(tokenizer: tokenizers.Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+  """Token ids of each prompt, tokenised as for training: with nothing put around it."""
   batch = tokenizer.encode_batch(list(prompts), add_special_tokens=False)
   return [encoding.ids for encoding in batch]
 
 
-def _take(
-  one: Completion, stream: TextStream, tokens: list[int], end_id: int | None, max_new: int
+def _extend(
+  completion: Completion, stream: TextStream, tokens: list[int], end_id: int | None, max_new: int
 ) -> Iterator[str]:
+  """Yields the text of `tokens` up to the completion's end, and counts them in it."""
   for token in tokens:
-    if one.finish:
+    if completion.finish:
       return
     if token == end_id:
-      one.finish = "end_of_text"
+      completion.finish = "end_of_text"
       yield stream.close()
       return
-    one.tokens += 1
+    completion.tokens += 1
     yield stream.push(token)
     if stream.stopped:
-      one.finish = "stop"
-    elif one.tokens == max_new:
+      completion.finish = "stop"
+    elif completion.tokens == max_new:
       yield stream.close()
-      one.finish = "stop" if stream.stopped else "length"
+      completion.finish = "stop" if stream.stopped else "length"
 
 
-def _steps(decoder, encoded, samplings, max_new: int, guesses: int) -> Iterator[list[list[int]]]:
-  if max_new < 1:
-    raise ConfigError(f"tokens={max_new} must be at least 1")
-  if guesses := min(guesses, max_new - 1):
-    yield from speculative_continuations(decoder, encoded, samplings, max_new, guesses=guesses)
-    return
-  for tokens_B in continuations(decoder, encoded, samplings, max_new):
-    yield np.asarray(tokens_B)[:, None].tolist()
+def _token_steps(
+  decoder: Decoder,
+  encoded: Sequence[Sequence[int]],
+  samplings: Sequence[Sampling],
+  max_new: int,
+  draft_tokens: int,
+) -> Iterator[list[list[int]]]:
+  """Yields the new tokens of each request, step by step."""
+  draft_tokens = min(draft_tokens, max_new - 1)
+  if draft_tokens:
+    yield from generate_tokens_speculatively(
+      decoder, encoded, samplings, max_new, draft_tokens=draft_tokens
+    )
+  else:
+    for tokens_B in generate_tokens(decoder, encoded, samplings, max_new):
+      yield np.asarray(tokens_B)[:, None].tolist()

@@ -1,10 +1,10 @@
-"""A trained run opened for inference: its model, tokenizer, and rows from where they are wanted."""
+"""A trained run loaded for inference: its model, its tokenizer, and its rows from any placement."""
 
 import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Literal
 
 import jax
@@ -15,30 +15,34 @@ from flax import nnx
 
 from engram_jax.config import Config
 from engram_jax.core.run_directory import TOKENIZER
-from engram_jax.data.pipeline import Prepared, prepare
+from engram_jax.data.pipeline import PreparedData, prepare
 from engram_jax.data.tokenizer import end_of_text_id
 from engram_jax.errors import ConfigError
 from engram_jax.inference.decoder import RowSource, Weights
-from engram_jax.inference.row_sources import DeviceRows, StoreRows
+from engram_jax.inference.row_sources import DeviceRowSource, StoreRowSource
 from engram_jax.inference.state import empty_state
 from engram_jax.inference.stores.cache import HostCache
 from engram_jax.inference.stores.device_cache import DeviceCache, IdCounts, count_ids, hot_ids
 from engram_jax.inference.stores.file import FileRows
 from engram_jax.inference.stores.host import HostRows
+from engram_jax.memory.hash_layout import HashLayout
 from engram_jax.memory.table import padded_rows
 from engram_jax.model.lm import LM
 from engram_jax.model.router import RouterBias
 from engram_jax.tables.saved_run import SavedRun, load_run
 
 Placement = Literal["device", "host", "file"]
-COUNTED_AT_ONCE = 64  # packed examples
-LONGEST_CONTEXT = 1 << 20  # tokens of a request
-LONGEST_WAIT = 24 * 60 * 60
+COUNT_BATCH = 64  # packed examples
+MAX_CONTEXT = 1 << 20  # tokens of a request
+MAX_DEADLINE = 24 * 60 * 60  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-  """One step of a run, ready for inference. digest: of its checkpoint."""
+  """One step of a run, ready for inference.
+
+  end_id: the token that ends a text. digest: SHA-256 of the checkpoint.
+  """
 
   config: Config
   step: int
@@ -50,101 +54,112 @@ class LoadedModel:
 
   def tables(self) -> list[np.ndarray]:
     """[R_padded, C] of each memory in host memory, in the dtype it was trained in."""
-    layout, engram = self.weights.layout, self.config.model.engram
-    out = []
-    with self._blocks() as blocks:
-      for layer in layout.layers if layout else ():
+    layout, engram, tables = self.weights.layout, self.config.model.engram, []
+    if layout is None:
+      return tables
+    with self._open_blocks() as blocks:
+      for layer in layout.layers:
         shape = (padded_rows(layout.rows[layer]), engram.row_width)
-        table, start = np.zeros(shape, jnp.dtype(engram.table_dtype)), 0
-        for rows_UC in blocks(layer):
-          table[start : start + len(rows_UC)] = rows_UC
-          start += len(rows_UC)
-        out.append(table)
-    return out
+        table_RC, start = np.zeros(shape, jnp.dtype(engram.table_dtype)), 0
+        for block in blocks(layer):
+          table_RC[start : start + len(block)] = block
+          start += len(block)
+        tables.append(table_RC)
+    return tables
 
-  def host_rows(self) -> HostRows:
+  def host_store(self) -> HostRows:
     """All memories in host memory, in the dtype they were trained in; never held twice."""
-    engram, layout = self.config.model.engram, self.weights.layout
+    engram, layout = self.config.model.engram, self._require_layout()
     kind = "bf16" if engram.table_dtype == "bfloat16" else "f32"
     digest = self.weights.compressor.digest
-    with self._blocks() as blocks:
+    with self._open_blocks() as blocks:
       return HostRows.from_blocks(blocks, layout, digest, engram.row_width, kind=kind)
 
-  def file_rows(self, path: pathlib.Path) -> FileRows:
+  def open_table_file(self, path: pathlib.Path) -> FileRows:
     """The file that `convert table` wrote of this step; ConfigError for one of anything else."""
     store = FileRows(path)
     try:
-      self._require_own(store, f"--table {path}")
+      self._require_same_step(store, f"--table {path}")
     except ConfigError:
       store.close()
       raise
     return store
 
-  def _require_own(self, store: FileRows, name: str) -> None:
+  def _require_layout(self) -> HashLayout:
+    assert self.weights.layout is not None, "a model without a memory has no rows"
+    return self.weights.layout
+
+  def _require_same_step(self, store: FileRows, name: str) -> None:
     source, width = store.header.source, self.config.model.engram.row_width
-    here = f"step {self.step} of run {self.run.resolve().name}"
-    again = f"`convert table --run {self.run} --step {self.step} --to FILE` writes one"
+    expected = f"step {self.step} of run {self.run.resolve().name}"
+    remedy = f"`convert table --run {self.run} --step {self.step} --to FILE` writes one"
     if "digest" not in source:
-      raise ConfigError(f"{name} holds rows of no run that train.py wrote, not of {here}: {again}")
+      raise ConfigError(
+        f"{name} holds rows of no run that train.py wrote, not of {expected}: {remedy}"
+      )
     if source["digest"] != self.digest:
-      there = f"step {source.get('step')} of run {source.get('run')}"
-      if there == here:
-        raise ConfigError(f"{name} holds rows of another training of {here}: {again}")
-      raise ConfigError(f"{name} holds rows of {there}, not of {here}: give its --step, or {again}")
+      actual = f"step {source.get('step')} of run {source.get('run')}"
+      if actual == expected:
+        raise ConfigError(f"{name} holds rows of another training of {expected}: {remedy}")
+      raise ConfigError(
+        f"{name} holds rows of {actual}, not of {expected}: give its --step, or {remedy}"
+      )
     if store.width != width:
-      raise ConfigError(f"{name} has rows of width {store.width}, and {here} of {width}: {again}")
-    store.require(self.weights.layout, self.weights.compressor.digest, name)
+      raise ConfigError(
+        f"{name} has rows of width {store.width}, and {expected} of {width}: {remedy}"
+      )
+    store.require(self._require_layout(), self.weights.compressor.digest, name)
 
   @contextlib.contextmanager
-  def _blocks(self) -> Iterator[Callable[[int], Iterator[np.ndarray]]]:
-    """Gives a function from a layer's id to its rows in order."""
+  def _open_blocks(self) -> Generator[Callable[[int], Iterator[np.ndarray]]]:
+    """Yields a function from a layer's id to blocks of its rows, in order."""
     with load_run(self.run, self.step, lambda _: None) as saved:
       yield saved.rows
 
-  def data(self) -> Prepared:
+  def data(self) -> PreparedData:
     """Its training and validation text, as train.py prepared it; from the cache where it can."""
     data = self.config.data.model_copy(update={"tokenizer": str(self.run / TOKENIZER)})
     return prepare(self.config.model_copy(update={"data": data}), lambda _: None)
 
-  def source(self, stack: contextlib.ExitStack, where: "PlacementArgs") -> RowSource | None:
-    """Rows of this step from where they are wanted; None without a memory.
+  def open_row_source(self, stack: contextlib.ExitStack, args: "PlacementArgs") -> RowSource | None:
+    """Rows of this step, placed as `args` say; None without a memory.
 
-    stack: what is opened is closed with it.
+    stack: closes everything that is opened here.
     """
     layout, compressor = self.weights.layout, self.weights.compressor
-    where.check(layout is not None)
+    args.check(layout is not None)
     if layout is None:
       return None
-    if where.placement == "device":
-      return DeviceRows(layout, compressor.table, tuple(map(jax.device_put, self.tables())))
-    if where.placement == "file":
-      store = self.file_rows(where.table)
-    elif where.table is None:
-      store = self.host_rows()
+    if args.placement == "device":
+      return DeviceRowSource(layout, compressor.table, tuple(map(jax.device_put, self.tables())))
+    if args.table is None:
+      store = self.host_store()
+    elif args.placement == "file":
+      store = self.open_table_file(args.table)
     else:
-      with self.file_rows(where.table) as file:
+      with self.open_table_file(args.table) as file:
         store = file.in_memory()
     stack.enter_context(store)
-    if where.host_cache_mib:
-      store = stack.enter_context(HostCache(store, where.host_cache_mib << 20))
-    if where.device_cache_rows:
-      hot = hot_ids(self.counts(), where.device_cache_rows)
+    if args.host_cache_mib:
+      store = stack.enter_context(HostCache(store, args.host_cache_mib << 20))
+    if args.device_cache_rows:
+      hot = hot_ids(self.count_rows(), args.device_cache_rows)
       store = stack.enter_context(DeviceCache(store, hot))
-    return stack.enter_context(StoreRows(store, compressor, deadline=where.deadline))
+    return stack.enter_context(StoreRowSource(store, compressor, deadline=args.deadline))
 
-  def counts(self) -> list[IdCounts]:
-    """How often each row occurs in the training text."""
+  def count_rows(self) -> list[IdCounts]:
+    """Counts how often each row occurs in the training text."""
     examples = self.data().training_pipeline(1).examples
-    starts = range(0, len(examples), COUNTED_AT_ONCE)
-    batches = (np.arange(s, min(s + COUNTED_AT_ONCE, len(examples))) for s in starts)
+    starts = range(0, len(examples), COUNT_BATCH)
+    batches = (np.arange(s, min(s + COUNT_BATCH, len(examples))) for s in starts)
     return count_ids(
-      (examples(batch)["row_ids"] for batch in batches), len(self.weights.layout.layers)
+      (examples(batch)["row_ids"] for batch in batches), len(self._require_layout().layers)
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class PlacementArgs:
-  """Where a model's tables are while it generates."""
+  """Options that place a model's tables during generation."""
 
   placement: Placement = "device"
   """On the device, in host memory, or in the file of --table."""
@@ -158,7 +173,7 @@ class PlacementArgs:
   """Seconds that one memory's read may take with host or file, an error after that; None waits."""
 
   def check(self, memory: bool = True) -> None:
-    """ConfigError where two of them contradict; memory: whether the model has one."""
+    """Raises ConfigError for options that contradict each other; memory: the model has one."""
     for ok, message in (
       (
         self.placement == "host" or (self.placement == "file") == (self.table is not None),
@@ -185,8 +200,8 @@ class PlacementArgs:
         "this machine has",
       ),
       (
-        self.deadline is None or 0 < self.deadline <= LONGEST_WAIT,
-        f"--deadline {self.deadline} must be above 0 and at most {LONGEST_WAIT} seconds",
+        self.deadline is None or 0 < self.deadline <= MAX_DEADLINE,
+        f"--deadline {self.deadline} must be above 0 and at most {MAX_DEADLINE} seconds",
       ),
       (
         memory or dataclasses.replace(self, deadline=None) == PlacementArgs(),
@@ -198,8 +213,8 @@ class PlacementArgs:
 
 
 def load_model(run: pathlib.Path, step: int | None, log: Callable[[str], None]) -> LoadedModel:
-  """The parameters of a run's step (the newest sound one if None); neither its corpus nor its
-  optimizer is read. Raises as `load_run` does."""
+  """Loads the parameters of a run's step (the newest sound one if None); neither its corpus nor its
+  optimizer is read. Raises like `load_run`."""
   with load_run(run, step, log) as saved:
     cfg, vocabulary = saved.config, saved.vocabulary
     model = nnx.eval_shape(lambda: LM(cfg.model, rngs=nnx.Rngs(0)))
@@ -218,8 +233,8 @@ def load_model(run: pathlib.Path, step: int | None, log: Callable[[str], None]) 
     return LoadedModel(cfg, saved.step, weights, saved.tokenizer, end_id, run, saved.digest)
 
 
-def table_source(saved: SavedRun) -> dict[str, Any]:
-  """What a table file says of where its rows come from."""
+def table_provenance(saved: SavedRun) -> dict[str, Any]:
+  """The entry of a table file's header that names the run and step its rows come from."""
   return {"run": saved.path.resolve().name, "step": saved.step, "digest": saved.digest}
 
 
@@ -228,17 +243,15 @@ def memory_bytes() -> int:
   return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_room(model: LoadedModel, batch: int, capacity: int, what: str) -> None:
-  """ConfigError if what requests of so many tokens keep cannot fit on the device.
-
-  what: the options that ask for it.
-  """
+def check_device_memory(model: LoadedModel, batch: int, capacity: int, options: str) -> None:
+  """Raises ConfigError if the state of `batch` requests of `capacity` tokens exceeds the device's
+  memory; options: those of the command that ask for it, for the message."""
   cfg, layout = model.weights.cfg, model.weights.layout
   state = jax.eval_shape(lambda: empty_state(cfg, layout, batch, capacity))
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-  room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or memory_bytes()
-  if size > room:
+  limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or memory_bytes()
+  if size > limit:
     raise ConfigError(
-      f"{what}: {batch} requests of {capacity:,} tokens keep {size:,} bytes, but the device has "
-      f"{room:,}"
+      f"{options}: {batch} requests of {capacity:,} tokens keep {size:,} bytes, but the device has "
+      f"{limit:,}"
     )

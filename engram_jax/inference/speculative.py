@@ -1,10 +1,10 @@
-"""Several tokens a step: guesses are checked by the model itself, so nothing it says changes.
+"""Speculative decoding: draft tokens are verified by the model itself, so the text stays the same.
 
-A guess costs a position in a pass that is made anyway. After each new token, the request's own text
-is searched for an earlier place that ended in the same n-gram, and what followed there is the guess
-(prompt lookup; Leviathan et al., arXiv 2211.17192, for the checking). One pass gives the choice
-after every guessed token; those up to the first that differs from its guess are what plain decoding
-would have chosen, and the state is rewound to them.
+A draft token costs a position in a pass that is made anyway. After each new token, the request's
+text is searched for an earlier position that ended in the same n-gram, and the tokens that follow
+it there are the draft (prompt lookup; Leviathan et al., arXiv 2211.17192, for the verification).
+One pass samples a token after every draft token; those up to the first that differs from its draft
+are what plain decoding would have sampled, and the state is rolled back to them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,87 +12,96 @@ from collections.abc import Iterator, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from engram_jax.inference.decoder import Decoder, known_ids, seen_tokens
-from engram_jax.inference.sampling import Sampling, Settings, choose_each, require_finite
-from engram_jax.inference.state import rewind
+from engram_jax.inference.decoder import Decoder, mask_unknown_ids, seen_tokens
+from engram_jax.inference.sampling import (
+  Sampling,
+  SamplingBatch,
+  require_finite,
+  sample_each_position,
+)
+from engram_jax.inference.state import rollback
 
 
-def prompt_lookup(tokens: Sequence[int], most: int, longest: int = 3) -> list[int]:
-  """At most `most` tokens that followed the latest earlier occurrence of the end of `tokens`.
+def prompt_lookup(tokens: Sequence[int], max_tokens: int, max_ngram: int = 3) -> list[int]:
+  """At most `max_tokens` tokens that followed the latest earlier occurrence of the end of `tokens`.
 
-  The end is its last n tokens, for the largest n <= `longest` that occurs before; [] if none does.
+  The end is its last n tokens, for the largest n <= `max_ngram` that occurs before; [] if none
+  does.
   """
   text = np.asarray(tokens)
-  for n in range(min(longest, len(text) - 1), 0, -1):
-    windows = np.lib.stride_tricks.sliding_window_view(text[:-1], n)
-    places = np.flatnonzero((windows == text[-n:]).all(1))
-    if places.size:
-      start = places[-1] + n
-      return text[start : start + most].tolist()
+  for n in range(min(max_ngram, len(text) - 1), 0, -1):
+    ngrams = np.lib.stride_tricks.sliding_window_view(text[:-1], n)
+    matches = np.flatnonzero((ngrams == text[-n:]).all(1))
+    if matches.size:
+      start = matches[-1] + n
+      return text[start : start + max_tokens].tolist()
   return []
 
 
-def speculative_continuations(
+def generate_tokens_speculatively(
   decoder: Decoder,
   prompts: Sequence[Sequence[int]],
   samplings: Sequence[Sampling],
   max_new: int,
   *,
-  guesses: int = 4,
+  draft_tokens: int = 4,
 ) -> Iterator[list[list[int]]]:
-  """The tokens of `continuations`, several at a time: one list a request and step, until each has
-  `max_new`. A request that is done gets empty lists.
+  """Yields the tokens of `generate_tokens`, several at a time: one list a request and step, until
+  each request has `max_new`. A request that is done gets empty lists.
 
-  guesses: at most so many tokens are guessed a step.
+  draft_tokens: the most that are drafted for a request in one step.
   """
   B, vocabulary = len(prompts), len(decoder.model.compressor.table)
-  decoder.check(prompts, max_new)
-  settings = Settings.of(samplings)
+  decoder.check_prompts(prompts, max_new)
+  batch = SamplingBatch.of(samplings)
   logits_BV, state = decoder.prefill(prompts)
   seen_BV = jnp.asarray(seen_tokens(prompts, logits_BV.shape[1]))
   texts = [list(prompt) for prompt in prompts]
-  made_B = np.zeros(B, np.int32)
+  generated_B = np.zeros(B, np.int32)
   logits_BTV, drafts = logits_BV[:, None], [[] for _ in prompts]
-  trail = None
+  rollback_info = None
   while True:
     next_BT = _padded(drafts, logits_BTV.shape[1])
-    chosen_BT, seen_TBV = choose_each(
-      known_ids(logits_BTV, vocabulary), seen_BV, next_BT, made_B, settings
+    sampled_BT, seen_TBV = sample_each_position(
+      mask_unknown_ids(logits_BTV, vocabulary), seen_BV, next_BT, generated_B, batch
     )
     new = [
-      _accepted(c, draft, max_new - n)
-      for c, draft, n in zip(np.asarray(chosen_BT).tolist(), drafts, made_B, strict=True)
+      _accept(sampled, draft, max_new - n)
+      for sampled, draft, n in zip(
+        np.asarray(sampled_BT).tolist(), drafts, generated_B, strict=True
+      )
     ]
     for tokens in new:
       require_finite(np.array(tokens, np.int32))
     yield new
     count_B = np.array([len(tokens) for tokens in new], np.int32)
-    made_B = made_B + count_B
+    generated_B = generated_B + count_B
     for text, tokens in zip(texts, new, strict=True):
       text += tokens
-    if (made_B == max_new).all():
+    if (generated_B == max_new).all():
       return
-    if trail is not None:
-      state = rewind(state, trail, jnp.asarray(count_B))
+    if rollback_info is not None:
+      state = rollback(state, rollback_info, jnp.asarray(count_B))
     seen_BV = jnp.where(count_B[:, None] > 0, seen_TBV[count_B - 1, np.arange(B)], seen_BV)
-    left_B = max_new - made_B
+    remaining_B = max_new - generated_B
     drafts = [
-      prompt_lookup(text, min(guesses, left - 1)) if left > 1 else []
-      for text, left in zip(texts, left_B, strict=True)
+      prompt_lookup(text, min(draft_tokens, remaining - 1)) if remaining > 1 else []
+      for text, remaining in zip(texts, remaining_B, strict=True)
     ]
-    fed = [[text[-1], *draft] for text, draft in zip(texts, drafts, strict=True)]
-    fed_B = np.array([len(f) if left else 0 for f, left in zip(fed, left_B, strict=True)])
-    out = decoder.extend(state, _padded(fed, guesses + 1), fed_B, every=True)
-    state, trail, logits_BTV = out.state, out.trail, out.logits
+    inputs = [[text[-1], *draft] for text, draft in zip(texts, drafts, strict=True)]
+    count_B = np.array([len(i) if r else 0 for i, r in zip(inputs, remaining_B, strict=True)])
+    out = decoder.extend(state, _padded(inputs, draft_tokens + 1), count_B, all_logits=True)
+    state, rollback_info, logits_BTV = out.state, out.rollback_info, out.logits
 
 
-def _accepted(chosen: list[int], draft: list[int], most: int) -> list[int]:
-  """The choices up to and with the first that its guess did not foresee."""
-  right = next((i for i, (c, d) in enumerate(zip(chosen, draft, strict=False)) if c != d), None)
-  return chosen[: len(draft) + 1 if right is None else right + 1][:most]
+def _accept(sampled: list[int], draft: list[int], max_tokens: int) -> list[int]:
+  """The sampled tokens up to and with the first that differs from its draft."""
+  differs = (i for i, (s, d) in enumerate(zip(sampled, draft, strict=False)) if s != d)
+  return sampled[: next(differs, len(draft)) + 1][:max_tokens]
 
 
 def _padded(lists: Sequence[Sequence[int]], width: int) -> np.ndarray:
+  """int32 [len(lists), width], zeros after the end of each list."""
   out = np.zeros((len(lists), width), np.int32)
   for row, values in zip(out, lists, strict=True):
     row[: len(values)] = values

@@ -1,5 +1,7 @@
-"""Checkpoints of others, and ours for others: safetensors folders, read and written by slices.
+"""Checkpoint folders of safetensors files: those of other models, and exported runs.
 
-`tensor_file` and `folder` read them, `writer` writes them; `deepseek`, `qwen` and `own` say what is
-in which layout and check it; `reader` asks any of them what its memory says about a text.
+safetensors     one file, read by byte ranges     folder  a folder of them with its config
+writer          writes a folder as a stream       memory  the memory of a folder, in any format
+engram_format, deepseek, qwen   one format each: how it is verified, read and written
+reader          looks up a text in the memory of a folder in any of these formats
 """

@@ -1,19 +1,21 @@
 """The Engram tensors of DeepSeek-V4.1 checkpoints.
 
-For each l of `engram_layer_ids`, with R rows, width C, G branches of width D and M = J C:
+For each block l of `engram_layer_ids`:
 
     layers.{l}.engram.embed.weight   F8_E4M3 [R, C]          rows
     layers.{l}.engram.embed.scale    F8_E8M0 [R, C/32]       of each row's blocks of 32 columns
-    layers.{l}.engram.wkv.weight     F8_E4M3 [(G+1) D, M]    the keys of G branches, then the value
-    layers.{l}.engram.wkv.scale      F8_E8M0 [(G+1) D/32, M/32]  of each block of 32 x 32
+    layers.{l}.engram.wkv.weight     F8_E4M3 [X, M]          the keys of G branches, then the value
+    layers.{l}.engram.wkv.scale      F8_E8M0 [X/32, M/32]    of each block of 32 x 32
     layers.{l}.engram.q_weight, k_weight   BF16 [G, D]       norm weights; only their product counts
 
 No hash constant is stored: all are rebuilt from the config's `text_config` and the tokenizer, and
 its `engram_compressed_vocab_size` and `engram_num_embeddings` say whether they were rebuilt right.
+
+Local letters: X = (G+1) D, outputs of the fused projection; n, rows of one block.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import ml_dtypes
@@ -27,25 +29,26 @@ from engram_jax.interop.folder import CONFIG, Folder
 from engram_jax.interop.memory import (
   MAX_VOCAB,
   Memory,
-  Table,
-  hash_layout,
-  module_config,
-  parsed,
+  StoredTable,
+  make_engram_config,
+  parse_fields,
+  rebuild_hash_layout,
   require_equal,
   require_expressible,
+  text_config,
 )
-from engram_jax.interop.writer import Source
+from engram_jax.interop.writer import StreamedTensor
 from engram_jax.memory.codecs import encode
 from engram_jax.memory.compress import TokenCompressor
 
 KIND = "deepseek_v41"
 BLOCK = 32
-_COLUMNS = 64
+_TRANSPOSED_COLUMNS = 64  # at once, which keeps both sides of the copy in the cache
 Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
-class Fields(pydantic.BaseModel):
-  """What is read of `text_config`."""
+class DeepSeekFields(pydantic.BaseModel):
+  """The fields of `text_config` that are read."""
 
   model_config = pydantic.ConfigDict(strict=True, frozen=True)
 
@@ -66,8 +69,8 @@ class Fields(pydantic.BaseModel):
 
 
 def matches(config: dict) -> bool:
-  """Whether a config.json is of this layout."""
-  return "engram_layer_ids" in _text_config(config)
+  """Says whether a config.json is of this format."""
+  return "engram_layer_ids" in text_config(config)
 
 
 def open_memory(folder: Folder) -> Memory:
@@ -76,18 +79,23 @@ def open_memory(folder: Folder) -> Memory:
   Raises ConfigError, with both values, for another tokenizer, other row counts, or a tensor of
   another shape or dtype than the config gives.
   """
-  fields = parsed(Fields, _text_config(folder.config), folder.path / CONFIG)
+  fields = parse_fields(DeepSeekFields, text_config(folder.config), folder.path / CONFIG)
   tokenizer = folder.tokenizer(fields.vocab_size)
   compressor = TokenCompressor.from_tokenizer(tokenizer)
   stored = fields.engram_compressed_vocab_size
   require_equal(folder.path, "engram_compressed_vocab_size", stored, compressor.size)
   cfg = _module_config(folder, fields)
-  layout = hash_layout(folder, cfg, compressor)
+  layout = rebuild_hash_layout(folder, cfg, compressor)
   rebuilt = [layout.rows[layer] for layer in layout.layers]
   require_equal(folder.path, "engram_num_embeddings", fields.engram_num_embeddings, rebuilt)
   D, G = fields.hidden_size, fields.hc_mult
-  for layer in layout.layers:
-    _check_tensors(folder, layer, layout.rows[layer], cfg, D, G)
+  specs = {
+    tensor_name(layer, part): spec
+    for layer in layout.layers
+    for part, spec in _tensor_specs(layout.rows[layer], cfg, D, G).items()
+  }
+  for name, (dtype, shape) in specs.items():
+    folder.check(name, dtype, shape)
   return Memory(
     kind=KIND,
     cfg=cfg,
@@ -97,21 +105,18 @@ def open_memory(folder: Folder) -> Memory:
     compressor=compressor,
     layout=layout,
     tables={
-      layer: Table(
+      layer: StoredTable(
         folder,
         (tensor_name(layer, "embed.weight"),),
         layout.rows[layer],
         cfg.row_width,
-        scales=tensor_name(layer, "embed.scale"),
+        scale_tensor=tensor_name(layer, "embed.scale"),
       )
       for layer in layout.layers
     },
     parameters=functools.partial(_parameters, folder, cfg, D, G),
-    tensors=tuple(tensor_name(layer, part) for layer in layout.layers for part in _PARTS),
+    tensors=tuple(specs),
   )
-
-
-_PARTS = ("embed.weight", "embed.scale", "wkv.weight", "wkv.scale", "q_weight", "k_weight")
 
 
 def tensor_name(layer: int, part: str) -> str:
@@ -119,13 +124,8 @@ def tensor_name(layer: int, part: str) -> str:
   return f"layers.{layer}.engram.{part}"
 
 
-def _text_config(config: dict) -> dict:
-  inner = config.get("text_config", config)
-  return inner if isinstance(inner, dict) else {}
-
-
-def _module_config(folder: Folder, fields: Fields) -> EngramConfig:
-  return module_config(
+def _module_config(folder: Folder, fields: DeepSeekFields) -> EngramConfig:
+  return make_engram_config(
     folder,
     layers=fields.engram_layer_ids,
     max_ngram=fields.engram_max_ngram_size,
@@ -139,25 +139,34 @@ def _module_config(folder: Folder, fields: Fields) -> EngramConfig:
   )
 
 
-def _check_tensors(folder: Folder, layer: int, rows: int, cfg: EngramConfig, D: int, G: int):
+def _tensor_specs(
+  rows: int, cfg: EngramConfig, D: int, G: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+  """(dtype, shape) of a block's tensors, by the last part of their names."""
   C, M, X = cfg.row_width, cfg.memory_width, (G + 1) * D
-  blocks = lambda n: -(-n // BLOCK)
-  folder.check(tensor_name(layer, "embed.weight"), "F8_E4M3", (rows, C))
-  folder.check(tensor_name(layer, "embed.scale"), "F8_E8M0", (rows, blocks(C)))
-  folder.check(tensor_name(layer, "wkv.weight"), "F8_E4M3", (X, M))
-  folder.check(tensor_name(layer, "wkv.scale"), "F8_E8M0", (blocks(X), blocks(M)))
-  for part in ("q_weight", "k_weight"):
-    folder.check(tensor_name(layer, part), "BF16", (G, D))
+  blocks = lambda size: -(-size // BLOCK)
+  return {
+    "embed.weight": ("F8_E4M3", (rows, C)),
+    "embed.scale": ("F8_E8M0", (rows, blocks(C))),
+    "wkv.weight": ("F8_E4M3", (X, M)),
+    "wkv.scale": ("F8_E8M0", (blocks(X), blocks(M))),
+    "q_weight": ("BF16", (G, D)),
+    "k_weight": ("BF16", (G, D)),
+  }
 
 
-def _parameters(folder: Folder, cfg: EngramConfig, D: int, G: int, layer: int) -> dict:
-  """The fused projection dequantised one branch at a time, transposed to ours."""
+def _parameters(
+  folder: Folder, cfg: EngramConfig, D: int, G: int, layer: int
+) -> dict[str, np.ndarray]:
+  """A module's parameters: the fused projection is dequantised one branch at a time."""
   M = cfg.memory_width
   w_key, w_value = np.empty((M, G, D), np.float32), np.empty((M, D), np.float32)
   for g in range(G + 1):
-    into, part_DM = w_key[:, g] if g < G else w_value, _dequantised(folder, layer, g * D, D)
-    for m in range(0, M, _COLUMNS):  # transposed a few columns at a time, which caches like
-      into[m : m + _COLUMNS] = part_DM[:, m : m + _COLUMNS].T
+    out_MD = w_key[:, g] if g < G else w_value
+    weight_DM = _dequantize(folder, layer, g * D, D)
+    for m in range(0, M, _TRANSPOSED_COLUMNS):
+      columns = slice(m, m + _TRANSPOSED_COLUMNS)
+      out_MD[columns] = weight_DM[:, columns].T
   query, key = (folder.read(tensor_name(layer, part)) for part in ("q_weight", "k_weight"))
   return {
     "w_key": w_key,
@@ -167,13 +176,13 @@ def _parameters(folder: Folder, cfg: EngramConfig, D: int, G: int, layer: int) -
   }
 
 
-def _dequantised(folder: Folder, layer: int, start: int, count: int) -> np.ndarray:
+def _dequantize(folder: Folder, layer: int, start: int, count: int) -> np.ndarray:
   """Output rows [start, start + count) of the fused projection, float32 [count, M]."""
   weight = folder.read(tensor_name(layer, "wkv.weight"), start, start + count).astype(np.float32)
   first, last = start // BLOCK, -(-(start + count) // BLOCK)
   scale = folder.read(tensor_name(layer, "wkv.scale"), first, last).astype(np.float32)
-  of_row = np.arange(start, start + count) // BLOCK - first
-  weight *= np.repeat(scale[of_row], BLOCK, axis=1)[:, : weight.shape[1]]
+  block_of_row = np.arange(start, start + count) // BLOCK - first
+  weight *= np.repeat(scale[block_of_row], BLOCK, axis=1)[:, : weight.shape[1]]
   return weight
 
 
@@ -182,12 +191,12 @@ _E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def config_of(memory: Memory) -> dict[str, Any]:
-  """The config.json. ConfigError, naming field and value, for what the layout cannot say."""
+def make_config(memory: Memory) -> dict[str, Any]:
+  """The config.json of a memory; ConfigError naming a field that the format cannot express."""
   cfg, layout = memory.cfg, memory.layout
   require_expressible(
     memory,
-    "deepseek_v41",
+    KIND,
     {
       "dialect": (cfg.dialect, cfg.dialect in ("engram", "deepseek_v41"), "deepseek_v41"),
       "seed": (cfg.seed, cfg.seed == 0, 0),
@@ -217,35 +226,30 @@ def config_of(memory: Memory) -> dict[str, Any]:
     "rms_norm_eps": cfg.norm_eps,
   }
   quantized = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "scale_fmt": "ue8m0"}
-  return {"model_type": "deepseek_v41", "quantization_config": quantized, "text_config": text}
+  return {"model_type": KIND, "quantization_config": quantized, "text_config": text}
 
 
-def sources(memory: Memory) -> dict[str, Source]:
-  """The tensors. Rows are read and encoded a block at a time, once for values, once for scales.
+def make_tensors(memory: Memory) -> dict[str, StreamedTensor]:
+  """The tensors of a memory by name; nothing is read yet.
 
-  Reading them raises StorageError for numbers that are infinite or none, which FP8 cannot say.
+  Rows are read and encoded a block at a time, once for values and once for scales. Reading raises
+  StorageError for infinities and NaN, which have no encoding.
   """
-  C, D, G, M = memory.cfg.row_width, memory.width, memory.branches, memory.cfg.memory_width
-  X, blocks = (G + 1) * D, lambda n: -(-n // BLOCK)
-  found = {}
-  for layer in memory.layout.layers:
-    R, shape = memory.layout.rows[layer], (blocks(X), blocks(M))
-    module = functools.cache(functools.partial(_module, memory, layer))
-    part = lambda name, module=module: lambda: [module()[name]]
-    made = {
-      "embed.weight": Source("F8_E4M3", (R, C), _rows(memory, layer, 0)),
-      "embed.scale": Source("F8_E8M0", (R, blocks(C)), _rows(memory, layer, 1)),
-      "wkv.weight": Source("F8_E4M3", (X, M), part("wkv.weight")),
-      "wkv.scale": Source("F8_E8M0", shape, part("wkv.scale")),
-      "q_weight": Source("BF16", (G, D), part("q_weight")),
-      "k_weight": Source("BF16", (G, D), part("k_weight")),
-    }
-    found |= {tensor_name(layer, name): source for name, source in made.items()}
-  return found
+  layout, tensors = memory.layout, {}
+  for layer in layout.layers:
+    specs = _tensor_specs(layout.rows[layer], memory.cfg, memory.width, memory.branches)
+    module = functools.cache(functools.partial(_encoded_module, memory, layer))
+    for part, (dtype, shape) in specs.items():
+      if part.startswith("embed."):
+        slices = functools.partial(_encoded_rows, memory, layer, part)
+      else:
+        slices = lambda module=module, part=part: [module()[part]]
+      tensors[tensor_name(layer, part)] = StreamedTensor(dtype, shape, slices)
+  return tensors
 
 
 def encode_blocks(weight_XM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """(E4M3 values [X, M], E8M0 scales [X/32, M/32]) of a float32 matrix; sizes rounded up.
+  """Encodes a float32 matrix: (E4M3 values [X, M], E8M0 scales [X/32, M/32], rounded up).
 
   A block's scale is the smallest power of two at which nothing in it exceeds 448.
   """
@@ -254,32 +258,36 @@ def encode_blocks(weight_XM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   largest = np.maximum.reduceat(largest, np.arange(0, M, BLOCK), axis=1)
   m, e = np.frexp(largest)  # largest = m 2^e, m in [1/2, 1); 448 = 7/8 2^9
   exponents = np.where(largest == 0, 0, np.clip(e - 9 + (m > 0.875), -127, 127))
-  spread = np.repeat(np.repeat(exponents, BLOCK, 0)[:X], BLOCK, 1)[:, :M]
-  values = np.ldexp(weight_XM, -spread).astype(_E4M3)
+  exponents_XM = np.repeat(np.repeat(exponents, BLOCK, 0)[:X], BLOCK, 1)[:, :M]
+  values = np.ldexp(weight_XM, -exponents_XM).astype(_E4M3)
   return values, (exponents + 127).astype(np.uint8).view(_E8M0)
 
 
-def _rows(memory: Memory, layer: int, part: int) -> Callable[[], Iterator[np.ndarray]]:
-  def slices() -> Iterator[np.ndarray]:
-    for rows_UC in memory.tables[layer].blocks():
-      _require_finite(f"rows of block {layer}", rows_UC)
-      yield encode(rows_UC, "fp8_e4m3")[part]
-
-  return slices
-
-
-def _require_finite(what: str, numbers: np.ndarray) -> None:
-  if not np.isfinite(numbers).all():
-    raise StorageError(f"{what} hold {numbers[~np.isfinite(numbers)].flat[0]}: no number for FP8")
+def _encoded_rows(memory: Memory, layer: int, part: str) -> Iterator[np.ndarray]:
+  """Yields a table's values ("embed.weight") or scales ("embed.scale"), a block at a time."""
+  for rows_nC in memory.tables[layer].blocks():
+    _require_finite(f"rows of block {layer}", rows_nC)
+    values, scales = encode(rows_nC, "fp8_e4m3")
+    assert scales is not None
+    yield scales if part == "embed.scale" else values
 
 
-def _module(memory: Memory, layer: int) -> dict[str, np.ndarray]:
+def _encoded_module(memory: Memory, layer: int) -> dict[str, np.ndarray]:
   """The fused projection (keys of all branches, then the value) and norm weights, encoded."""
   parameters = memory.parameters(layer)
   for name, array in parameters.items():
     _require_finite(f"{name} of block {layer}", array)
-  both_MXD = np.concatenate([parameters["w_key"], parameters["w_value"][:, None]], axis=1)
-  values, scales = encode_blocks(both_MXD.reshape(len(both_MXD), -1).T)
-  norms = {"q_weight": parameters["g_query"], "k_weight": parameters["g_key"]}
-  norms = {name: weight.astype(_BF16) for name, weight in norms.items()}
-  return {"wkv.weight": values, "wkv.scale": scales} | norms
+  fused = np.concatenate([parameters["w_key"], parameters["w_value"][:, None]], axis=1)
+  values, scales = encode_blocks(fused.reshape(len(fused), -1).T)
+  return {
+    "wkv.weight": values,
+    "wkv.scale": scales,
+    "q_weight": parameters["g_query"].astype(_BF16),
+    "k_weight": parameters["g_key"].astype(_BF16),
+  }
+
+
+def _require_finite(name: str, array: np.ndarray) -> None:
+  finite = np.isfinite(array)
+  if not finite.all():
+    raise StorageError(f"{name} hold {array[~finite].flat[0]}: no number for FP8")

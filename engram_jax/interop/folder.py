@@ -1,7 +1,7 @@
-"""A checkpoint folder: config.json, tokenizer.json, and safetensors files, indexed or one alone.
+"""A checkpoint folder: config.json, tokenizer.json, and one safetensors file or an indexed set.
 
-Files are opened when a tensor in them is first asked for, so a folder that holds only the shards
-with the memory is enough.
+A file is opened when a tensor in it is first needed, so that a folder with only the shards of the
+memory is enough.
 """
 
 import os
@@ -12,12 +12,12 @@ import numpy as np
 import tokenizers
 
 from engram_jax.errors import ConfigError, StorageError
-from engram_jax.interop.safetensors import Tensor, TensorFile, parse_object
+from engram_jax.interop.safetensors import SafetensorsFile, TensorInfo, parse_object
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+SINGLE_FILE = "model.safetensors"
 _MAX_JSON_BYTES = 256 << 20
 
 
@@ -26,20 +26,19 @@ class Folder:
 
   Attributes:
     path: of the folder.
-    config: config.json.
-    names: of all tensors, of the shards that are not here too.
+    config: its config.json.
 
-  Raises ConfigError where it is no checkpoint folder, or its index names a file outside it;
+  Raises ConfigError where it is no checkpoint folder or its index names a file outside it,
   StorageError where a file is damaged.
   """
 
   def __init__(self, path: str | os.PathLike):
     self.path = pathlib.Path(path)
-    self._open: dict[str, TensorFile] = {}
+    self._open: dict[str, SafetensorsFile] = {}
     if not (self.path / CONFIG).is_file():
       raise ConfigError(f"{self.path}: no {CONFIG} there; give the folder of a checkpoint")
-    self.config = self._json(CONFIG)
-    self._file_of = self._index()
+    self.config = self._read_json(CONFIG)
+    self._file_of = self._read_index()
 
   def __enter__(self) -> "Folder":
     return self
@@ -48,51 +47,52 @@ class Folder:
     self.close()
 
   def close(self) -> None:
+    """Closes the files that were opened."""
     for file in self._open.values():
       file.close()
     self._open.clear()
 
   @property
   def names(self) -> list[str]:
+    """Names of all tensors, also of those whose files are missing."""
     return list(self._file_of)
 
   @property
   def bytes_read(self) -> int:
-    """From tensor files so far, headers included."""
+    """Bytes read from tensor files so far, headers included."""
     return sum(file.bytes_read for file in self._open.values())
 
   def __contains__(self, name: str) -> bool:
     return name in self._file_of
 
-  def tensor(self, name: str) -> Tensor:
-    """Dtype and shape. ConfigError where there is no such tensor, StorageError without its file."""
+  def tensor(self, name: str) -> TensorInfo:
+    """A tensor's dtype and shape; ConfigError for an unknown one, StorageError without its file."""
     return self._file(name).tensors[name]
 
-  def check(self, name: str, dtype: str | tuple[str, ...], shape: tuple[int, ...]) -> Tensor:
-    """The tensor, refused with both values (ConfigError) unless it is of a dtype and this shape."""
-    found = self.tensor(name)
-    allowed = (dtype,) if isinstance(dtype, str) else dtype
-    if found.dtype not in allowed or found.shape != shape:
+  def check(self, name: str, dtype: str | tuple[str, ...], shape: tuple[int, ...]) -> None:
+    """Raises ConfigError unless a tensor has the dtype, or one of them, and the shape."""
+    tensor = self.tensor(name)
+    dtypes = (dtype,) if isinstance(dtype, str) else dtype
+    if tensor.dtype not in dtypes or tensor.shape != shape:
       raise ConfigError(
-        f"{self.path}: {name} is {found.dtype}{list(found.shape)}, but the config asks for "
-        f"{' or '.join(allowed)}{list(shape)}"
+        f"{self.path}: {name} is {tensor.dtype}{list(tensor.shape)}, but the config asks for "
+        f"{' or '.join(dtypes)}{list(shape)}"
       )
-    return found
 
   def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Entries [start, stop) of a tensor's leading axis."""
+    """Reads entries [start, stop) of a tensor's leading axis; all of a tensor if left out."""
     return self._file(name).read(name, start, stop)
 
-  def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-    """Entries of a tensor's leading axis by id."""
-    return self._file(name).rows(name, ids)
+  def read_rows(self, name: str, ids: np.ndarray) -> np.ndarray:
+    """Reads entries of a tensor's leading axis by id, [*ids.shape, *shape[1:]]."""
+    return self._file(name).read_rows(name, ids)
 
   def tokenizer(self, vocab_size: int) -> tokenizers.Tokenizer:
-    """The tokenizer, without the truncation and padding that many a tokenizer.json asks for.
+    """The tokenizer, without the truncation and padding that its file may ask for.
 
-    Raises ConfigError where it is none, or has an id that a vocabulary of that size has not.
+    Raises ConfigError where the file is no tokenizer, or has an id of `vocab_size` or more.
     """
-    text = self._text(TOKENIZER)
+    text = self._read_bytes(TOKENIZER)
     try:
       tokenizer = tokenizers.Tokenizer.from_str(text.decode())
     except Exception as error:  # tokenizers raises bare Exception for whatever it cannot parse
@@ -106,41 +106,41 @@ class Folder:
     tokenizer.no_padding()
     return tokenizer
 
-  def _file(self, name: str) -> TensorFile:
+  def _file(self, name: str) -> SafetensorsFile:
     if name not in self._file_of:
       raise ConfigError(f"{self.path} has no tensor {name}")
     file = self._file_of[name]
     if file not in self._open:
       if not (self.path / file).is_file():
         raise StorageError(f"{self.path / file} is missing: the index says that it holds {name}")
-      self._open[file] = TensorFile(self.path / file)
+      self._open[file] = SafetensorsFile(self.path / file)
     if name not in self._open[file].tensors:
       raise StorageError(f"{self.path / file} holds no {name}, which the index says it does")
     return self._open[file]
 
-  def _index(self) -> dict[str, str]:
-    """{tensor: file}."""
+  def _read_index(self) -> dict[str, str]:
+    """The name of each tensor's file, by tensor."""
     if not (self.path / INDEX).is_file():
-      if not (self.path / SINGLE).is_file():
-        raise ConfigError(f"{self.path}: neither {INDEX} nor {SINGLE} there")
-      self._open[SINGLE] = TensorFile(self.path / SINGLE)
-      return dict.fromkeys(self._open[SINGLE].tensors, SINGLE)
-    weight_map = self._json(INDEX).get("weight_map")
+      if not (self.path / SINGLE_FILE).is_file():
+        raise ConfigError(f"{self.path}: neither {INDEX} nor {SINGLE_FILE} there")
+      self._open[SINGLE_FILE] = SafetensorsFile(self.path / SINGLE_FILE)
+      return dict.fromkeys(self._open[SINGLE_FILE].tensors, SINGLE_FILE)
+    weight_map = self._read_json(INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
       raise StorageError(f"{self.path / INDEX}: weight_map is not an object")
     for name, file in weight_map.items():
-      plain = isinstance(file, str) and file.endswith(".safetensors") and file == _plain(file)
-      if not plain:
+      is_valid = isinstance(file, str) and file.endswith(".safetensors") and _is_file_name(file)
+      if not is_valid:
         raise ConfigError(
           f"{self.path / INDEX}: {name} is said to be in {file!r}: "
           "the name of a .safetensors file in the same folder is expected"
         )
     return weight_map
 
-  def _json(self, name: str) -> dict[str, Any]:
-    return parse_object(self._text(name), str(self.path / name))
+  def _read_json(self, name: str) -> dict[str, Any]:
+    return parse_object(self._read_bytes(name), str(self.path / name))
 
-  def _text(self, name: str) -> bytes:
+  def _read_bytes(self, name: str) -> bytes:
     path = self.path / name
     try:
       size = path.stat().st_size
@@ -153,6 +153,6 @@ class Folder:
       raise StorageError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _plain(name: str) -> str:
-  """The last part of a path, by the rules of any system."""
-  return name.replace("\\", "/").rsplit("/", 1)[-1].replace("\0", "").lstrip(".")
+def _is_file_name(name: str) -> bool:
+  """Says whether a name stays in its folder by the rules of any system, and is not hidden."""
+  return not (set(name) & {"/", "\\", "\0"} or name.startswith("."))

@@ -1,15 +1,17 @@
 """The per-layer-embedding (PLE) tensors of Qwen3.8-Flash-Next checkpoints.
 
 For the one 1-based entry l + 1 of `ple_layer_ids`, under `model.language_model.layers.{l}.ple.`,
-with G = `hc_count` branches of width D, J heads of width C and M = J C = `ple_embed_dim`:
+with M = `ple_embed_dim` and G = `hc_count`:
 
-    ple_embedding.ngram_embedding.shard_{i}.weight   BF16 or F8_E4M3 [R_padded/128, C]
+    ple_embedding.ngram_embedding.shard_{i}.weight   BF16 or F8_E4M3 [R_padded / shards, C]
     ple_embedding.ngram_embedding.weight_scale       with F8_E4M3: one number for all rows
     ple_embedding.layer_multipliers                  I64 [N]   these three are rebuilt and compared
     ple_embedding.ngram_heads_vocab_sizes, ngram_heads_offsets   I64 [J]
     key_proj.weight [G D, M], value_proj.weight [D, M]
     norm_key.weight, norm_query.weight, norm_conv.weight [G D]   a norm per branch, times 1 + weight
     conv1d.weight [G D, 1, W]                        depthwise, causal, dilated by N
+
+Local letters: N, the largest n-gram order; W, taps of the convolution; n, rows of one block.
 """
 
 import functools
@@ -28,14 +30,15 @@ from engram_jax.interop.folder import CONFIG, Folder
 from engram_jax.interop.memory import (
   MAX_VOCAB,
   Memory,
-  Table,
-  hash_layout,
-  module_config,
-  parsed,
+  StoredTable,
+  make_engram_config,
+  parse_fields,
+  rebuild_hash_layout,
   require_equal,
   require_expressible,
+  text_config,
 )
-from engram_jax.interop.writer import Source
+from engram_jax.interop.writer import StreamedTensor
 from engram_jax.memory.compress import TokenCompressor
 from engram_jax.memory.dialects.qwen_ple import SEED as QWEN_SEED
 from engram_jax.memory.hash_layout import HashLayout
@@ -45,8 +48,8 @@ FLOATS = ("BF16", "F16", "F32")
 Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
-class Fields(pydantic.BaseModel):
-  """What is read of `text_config`."""
+class QwenFields(pydantic.BaseModel):
+  """The fields of `text_config` that are read."""
 
   model_config = pydantic.ConfigDict(strict=True, frozen=True)
 
@@ -67,8 +70,8 @@ class Fields(pydantic.BaseModel):
 
 
 def matches(config: dict) -> bool:
-  """Whether a config.json is of this layout."""
-  return bool(_text_config(config).get("ple_layer_ids"))
+  """Says whether a config.json is of this format."""
+  return bool(text_config(config).get("ple_layer_ids"))
 
 
 def open_memory(folder: Folder) -> Memory:
@@ -77,16 +80,17 @@ def open_memory(folder: Folder) -> Memory:
   Raises ConfigError, with both values, for stored hash constants that are not the rebuilt ones,
   a tokenizer with more ids than the model, or a tensor of another shape or dtype.
   """
-  fields = parsed(Fields, _text_config(folder.config), folder.path / CONFIG)
+  fields = parse_fields(QwenFields, text_config(folder.config), folder.path / CONFIG)
   tokenizer = folder.tokenizer(fields.vocab_size)
   compressor = TokenCompressor.identity(fields.vocab_size)
   cfg = _module_config(folder, fields)
-  layout = hash_layout(folder, cfg, compressor)
+  layout = rebuild_hash_layout(folder, cfg, compressor)
   layer = layout.layers[0]
   _check_constants(folder, layer, layout)
   D, G = fields.hidden_size, fields.hc_count
-  parts = _check_tensors(folder, layer, layout.rows[layer], cfg, fields)
-  table = Table(folder, parts, layout.rows[layer], cfg.row_width, factor=_factor(folder, layer))
+  rows = layout.rows[layer]
+  shards = _check_tensors(folder, layer, rows, cfg, fields)
+  table = StoredTable(folder, shards, rows, cfg.row_width, scale=_table_scale(folder, layer))
   return Memory(
     kind=KIND,
     cfg=cfg,
@@ -106,36 +110,27 @@ def tensor_name(layer: int, part: str) -> str:
   return f"model.language_model.layers.{layer}.ple.{part}"
 
 
-def shard_name(layer: int, part: int) -> str:
-  """Part `part` of block `layer`'s rows."""
-  return tensor_name(layer, f"ple_embedding.ngram_embedding.shard_{part}.weight")
+def shard_name(layer: int, shard: int) -> str:
+  """The tensor of one shard of block `layer`'s rows."""
+  return tensor_name(layer, f"ple_embedding.ngram_embedding.shard_{shard}.weight")
 
 
-def _scale(layer: int) -> str:
-  return tensor_name(layer, "ple_embedding.ngram_embedding.weight_scale")
-
-
-def _text_config(config: dict) -> dict:
-  inner = config.get("text_config", config)
-  return inner if isinstance(inner, dict) else {}
-
-
-def _module_config(folder: Folder, fields: Fields) -> EngramConfig:
-  columns = (fields.ngram_size - 1) * fields.heads_per_ngram
-  if fields.ple_embed_dim % columns:
+def _module_config(folder: Folder, fields: QwenFields) -> EngramConfig:
+  hash_heads = (fields.ngram_size - 1) * fields.heads_per_ngram
+  if fields.ple_embed_dim % hash_heads:
     raise ConfigError(
       f"{folder.path}: ple_embed_dim={fields.ple_embed_dim} does not divide by its "
-      f"{columns} = (ngram_size - 1) x heads_per_ngram columns"
+      f"{hash_heads} = (ngram_size - 1) x heads_per_ngram columns"
     )
   eos = fields.eos_token_id
   if eos == []:
     raise ConfigError(f"{folder.path}: eos_token_id is empty: the hash needs one")
-  return module_config(
+  return make_engram_config(
     folder,
     layers=[fields.ple_layer_ids[0] - 1],
     max_ngram=fields.ngram_size,
     heads=fields.heads_per_ngram,
-    row_width=fields.ple_embed_dim // columns,
+    row_width=fields.ple_embed_dim // hash_heads,
     rows_per_head=fields.ngram_vocab_size_base,
     seed=fields.seed,
     pad_id=eos[0] if isinstance(eos, list) else eos,
@@ -147,35 +142,39 @@ def _module_config(folder: Folder, fields: Fields) -> EngramConfig:
 
 
 def _check_constants(folder: Folder, layer: int, layout: HashLayout) -> None:
-  """Stored hash constants against rebuilt ones."""
-  rebuilt = {
-    "layer_multipliers": layout.multipliers[layer],
-    "ngram_heads_vocab_sizes": tuple(p for heads in layout.primes[layer] for p in heads),
-    "ngram_heads_offsets": layout.offsets[layer],
-  }
-  for part, values in rebuilt.items():
-    name = tensor_name(layer, f"ple_embedding.{part}")
+  """Compares stored hash constants with rebuilt ones; ConfigError where they differ."""
+  for name, values in _hash_constants(layout, layer).items():
     folder.check(name, "I64", (len(values),))
-    require_equal(folder.path, name, folder.read(name).tolist(), list(values))
+    require_equal(folder.path, name, folder.read(name).tolist(), values)
+
+
+def _hash_constants(layout: HashLayout, layer: int) -> dict[str, list[int]]:
+  """The hash constants of a block, by the names of their tensors."""
+  constants = {
+    "layer_multipliers": list(layout.multipliers[layer]),
+    "ngram_heads_vocab_sizes": [p for heads in layout.primes[layer] for p in heads],
+    "ngram_heads_offsets": list(layout.offsets[layer]),
+  }
+  return {tensor_name(layer, f"ple_embedding.{name}"): x for name, x in constants.items()}
 
 
 def _check_tensors(
-  folder: Folder, layer: int, rows: int, cfg: EngramConfig, fields: Fields
+  folder: Folder, layer: int, rows: int, cfg: EngramConfig, fields: QwenFields
 ) -> tuple[str, ...]:
-  """Checks shapes and dtypes; the names of the table's parts."""
-  parts, multiple = fields.split_ngram_parts, fields.make_ngram_vocab_size_divisible_by
+  """Checks shapes and dtypes; returns the names of the table's shards."""
+  shards, multiple = fields.split_ngram_parts, fields.make_ngram_vocab_size_divisible_by
   padded = -(-rows // multiple) * multiple
-  if padded % parts:
+  if padded % shards:
     raise ConfigError(
       f"{folder.path}: {rows:,} rows padded to {padded:,} do not divide into "
-      f"split_ngram_parts={parts}"
+      f"split_ngram_parts={shards}"
     )
-  names = tuple(shard_name(layer, i) for i in range(parts))
+  names = tuple(shard_name(layer, i) for i in range(shards))
   dtype = folder.tensor(names[0]).dtype
+  if dtype not in ("BF16", "F8_E4M3"):
+    dtype = "BF16"
   for name in names:
-    folder.check(
-      name, dtype if dtype in ("BF16", "F8_E4M3") else "BF16", (padded // parts, cfg.row_width)
-    )
+    folder.check(name, dtype, (padded // shards, cfg.row_width))
   GD, M, W = fields.hc_count * fields.hidden_size, cfg.memory_width, cfg.conv_kernel
   folder.check(tensor_name(layer, "key_proj.weight"), FLOATS, (GD, M))
   folder.check(tensor_name(layer, "value_proj.weight"), FLOATS, (fields.hidden_size, M))
@@ -185,16 +184,15 @@ def _check_tensors(
   return names
 
 
-def _factor(folder: Folder, layer: int) -> float:
-  """What all rows are multiplied by: 1 for BF16, the table's one scale for FP8."""
+def _table_scale(folder: Folder, layer: int) -> float:
+  """The factor of all rows: 1 for BF16, the table's one scale for FP8."""
   if folder.tensor(shard_name(layer, 0)).dtype == "BF16":
     return 1.0
-  found = folder.tensor(_scale(layer))
-  if found.dtype not in FLOATS or math.prod(found.shape) != 1:
-    raise ConfigError(
-      f"{folder.path}: {_scale(layer)} is {found.dtype}{list(found.shape)}, not one number"
-    )
-  return float(folder.read(_scale(layer)).reshape(-1)[0])
+  name = tensor_name(layer, "ple_embedding.ngram_embedding.weight_scale")
+  dtype, shape, *_ = folder.tensor(name)
+  if dtype not in FLOATS or math.prod(shape) != 1:
+    raise ConfigError(f"{folder.path}: {name} is {dtype}{list(shape)}, not one number")
+  return float(folder.read(name).reshape(-1)[0])
 
 
 def _parameters(folder: Folder, D: int, G: int, layer: int) -> dict[str, np.ndarray]:
@@ -210,16 +208,16 @@ def _parameters(folder: Folder, D: int, G: int, layer: int) -> dict[str, np.ndar
   }
 
 
-PARTS = 128
+SHARDS = 128  # as released
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def config_of(memory: Memory) -> dict[str, Any]:
-  """The config.json. ConfigError, naming field and value, for what the layout cannot say."""
+def make_config(memory: Memory) -> dict[str, Any]:
+  """The config.json of a memory; ConfigError naming a field that the format cannot express."""
   cfg, layers = memory.cfg, list(memory.layout.layers)
   require_expressible(
     memory,
-    "qwen_ple",
+    KIND,
     {
       "dialect": (cfg.dialect, cfg.dialect == "qwen_ple", "qwen_ple"),
       "layers": (layers, len(layers) == 1, "one"),
@@ -241,8 +239,8 @@ def config_of(memory: Memory) -> dict[str, Any]:
     "ngram_size": cfg.max_ngram,
     "heads_per_ngram": cfg.heads,
     "ngram_vocab_size_base": cfg.rows_per_head[0],
-    "make_ngram_vocab_size_divisible_by": PARTS,
-    "split_ngram_parts": PARTS,
+    "make_ngram_vocab_size_divisible_by": SHARDS,
+    "split_ngram_parts": SHARDS,
     "hidden_size": memory.width,
     "hc_count": memory.branches,
     "vocab_size": int(memory.compressor.table.size),
@@ -253,40 +251,41 @@ def config_of(memory: Memory) -> dict[str, Any]:
   return {"model_type": "qwen4_exp", "text_config": text}
 
 
-def sources(memory: Memory) -> dict[str, Source]:
-  """The tensors; rows are read a block at a time, those past the last are zeros."""
+def make_tensors(memory: Memory) -> dict[str, StreamedTensor]:
+  """The tensors of a memory by name; nothing is read yet but the module's parameters.
+
+  Rows are read a block at a time; those past the last are zeros.
+  """
   layer, layout = memory.layout.layers[0], memory.layout
-  each = -(-layout.rows[layer] // PARTS)
-  constants = {
-    "layer_multipliers": layout.multipliers[layer],
-    "ngram_heads_vocab_sizes": [p for heads in layout.primes[layer] for p in heads],
-    "ngram_heads_offsets": layout.offsets[layer],
-  }
-  found = {
-    shard_name(layer, i): Source(
-      "BF16", (each, memory.cfg.row_width), lambda i=i: _shard(memory, layer, i * each, each)
+  shard_rows = -(-layout.rows[layer] // SHARDS)
+  tensors = {
+    shard_name(layer, i): StreamedTensor(
+      "BF16",
+      (shard_rows, memory.cfg.row_width),
+      functools.partial(_shard_rows, memory, layer, i * shard_rows, shard_rows),
     )
-    for i in range(PARTS)
+    for i in range(SHARDS)
   }
-  for name, values in constants.items():
-    array = np.array(values, np.int64)
-    source = Source("I64", array.shape, lambda array=array: [array])
-    found[tensor_name(layer, f"ple_embedding.{name}")] = source
-  for name, array in _weights(memory.parameters(layer)).items():
-    source = Source("BF16", array.shape, lambda array=array: [array])
-    found[tensor_name(layer, f"{name}.weight")] = source
-  return found
+  for name, values in _hash_constants(layout, layer).items():
+    tensors[name] = _full_tensor("I64", np.array(values, np.int64))
+  for name, array in _stored_weights(memory.parameters(layer)).items():
+    tensors[tensor_name(layer, f"{name}.weight")] = _full_tensor("BF16", array)
+  return tensors
 
 
-def _shard(memory: Memory, layer: int, start: int, count: int) -> Iterator[np.ndarray]:
+def _full_tensor(dtype: str, array: np.ndarray) -> StreamedTensor:
+  return StreamedTensor(dtype, array.shape, lambda: [array])
+
+
+def _shard_rows(memory: Memory, layer: int, start: int, count: int) -> Iterator[np.ndarray]:
   stop = min(start + count, memory.layout.rows[layer])
-  for rows in memory.tables[layer].blocks(start=start, stop=max(start, stop)):
-    yield rows.astype(_BF16)
+  for rows_nC in memory.tables[layer].blocks(start=start, stop=max(start, stop)):
+    yield rows_nC.astype(_BF16)
   yield np.zeros((count - max(0, stop - start), memory.cfg.row_width), _BF16)
 
 
-def _weights(parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Of the module, with the names of the layout; norms are stored without their one."""
+def _stored_weights(parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The module's weights as they are stored: norms without the 1 that is added to them."""
   M, G, D = parameters["w_key"].shape
   arrays = {
     "key_proj": parameters["w_key"].reshape(M, G * D).T,

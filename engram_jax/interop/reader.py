@@ -1,12 +1,12 @@
-"""Asking a checkpoint's memory about a text: canonical ids, row ids, rows, gates.
+"""Looks up a text in the memory of a checkpoint: canonical ids, row ids, rows, gates.
 
     with MemoryReader("path/to/checkpoint") as reader:
       reading = reader.read("Only Alexander the Great")
       reading.row_ids[1]                       # [T, J] of block 1
       delta, gate = reader.output(1, hidden_BTGD, reader.rows(1, reading.row_ids[1])[None])
 
-The folder is ours (`convert export`), DeepSeek-V4.1's or Qwen3.8-Flash-Next's. Opening it verifies
-the rebuilt hash constants against what it says; rows and weights are read only when asked for.
+The folder is one that `convert export` wrote, DeepSeek-V4.1's or Qwen3.8-Flash-Next's. Opening it
+compares the rebuilt hash constants with the stored ones; rows and weights are read on request.
 """
 
 import os
@@ -19,34 +19,40 @@ import numpy as np
 from flax import nnx
 
 from engram_jax.errors import ConfigError
-from engram_jax.interop import deepseek, qwen
-from engram_jax.interop import engram_format as own
+from engram_jax.interop import deepseek, engram_format, qwen
 from engram_jax.interop.folder import Folder
 from engram_jax.interop.memory import Memory
 from engram_jax.memory.engram import Engram
 from engram_jax.memory.hashing import row_ids
 
-LAYOUTS: tuple[ModuleType, ...] = (own, deepseek, qwen)
+FORMATS: tuple[ModuleType, ...] = (engram_format, deepseek, qwen)
 
 
 class Reading(NamedTuple):
-  """A text as a memory sees it; T tokens, row ids by layer."""
+  """A text as a memory sees it.
+
+  Attributes:
+    token_ids: T of them.
+    tokens: the text that each id alone decodes to.
+    canonical_ids: int32 [T].
+    row_ids: by layer, int32 [T, J], offsets included.
+  """
 
   token_ids: list[int]
-  tokens: list[str]  # what each id alone decodes to
-  canonical_ids: np.ndarray  # int32 [T]
-  row_ids: dict[int, np.ndarray]  # int32 [T, J], offsets included
+  tokens: list[str]
+  canonical_ids: np.ndarray
+  row_ids: dict[int, np.ndarray]
 
 
 def open_memory(folder: Folder) -> Memory:
-  """The verified memory of a folder in any of the layouts.
+  """The verified memory of a folder in any of the formats.
 
-  Raises ConfigError where the config is of none of them, and what the layout refuses.
+  Raises ConfigError where the config is of none of them, or the folder does not fit its own.
   """
-  for layout in LAYOUTS:
-    if layout.matches(folder.config):
-      return layout.open_memory(folder)
-  kinds = ", ".join(layout.KIND for layout in LAYOUTS)
+  for checkpoint_format in FORMATS:
+    if checkpoint_format.matches(folder.config):
+      return checkpoint_format.open_memory(folder)
+  kinds = ", ".join(checkpoint_format.KIND for checkpoint_format in FORMATS)
   raise ConfigError(f"{folder.path}: config.json describes no memory of a known layout ({kinds})")
 
 
@@ -54,9 +60,10 @@ class MemoryReader:
   """The memory of a checkpoint folder; a context manager.
 
   Attributes:
-    memory: what the folder holds (interop.memory.Memory): kind, layout, tables, sizes.
+    memory: kind, layout, tables and sizes (interop.memory.Memory).
 
-  Raises ConfigError (code 2) for what does not fit together, StorageError (5) for damaged files.
+  Raises ConfigError (code 2) for parts that do not fit together, StorageError (5) for damaged
+  files.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -75,22 +82,23 @@ class MemoryReader:
     self.close()
 
   def close(self) -> None:
+    """Closes the folder's files."""
     self._folder.close()
 
   @property
   def layers(self) -> tuple[int, ...]:
-    """0-based blocks that read a memory."""
+    """The 0-based blocks that read a memory."""
     return self.memory.layout.layers
 
   @property
   def bytes_read(self) -> int:
-    """Read from tensor files so far, headers included."""
+    """Bytes read from tensor files so far, headers included."""
     return self._folder.bytes_read
 
   def read(self, text: str, special_tokens: bool = False) -> Reading:
-    """Ids of a text; ConfigError where it has no tokens.
+    """Encodes a text; ConfigError where it has no tokens.
 
-    special_tokens: with those that the tokenizer adds around a text.
+    special_tokens: adds those that the tokenizer puts around a text.
     """
     tokenizer = self.memory.tokenizer
     ids = tokenizer.encode(text, add_special_tokens=special_tokens).ids
@@ -105,7 +113,7 @@ class MemoryReader:
     )
 
   def canonical_ids(self, token_ids: np.ndarray) -> np.ndarray:
-    """int32, of token ids of any shape; ValueError on one outside the vocabulary."""
+    """Canonical ids, int32, of token ids of any shape; ValueError for ids outside [0, V)."""
     return self.memory.compressor(token_ids)
 
   def row_ids(
@@ -115,18 +123,19 @@ class MemoryReader:
     segments_BT: np.ndarray | None = None,
     mask_BT: np.ndarray | None = None,
   ) -> np.ndarray:
-    """int32 [B, T, J] row ids of a layer, offsets included.
+    """Row ids of a layer, int32 [B, T, J], offsets included.
 
-    segments_BT, mask_BT: as in `memory.hashing.hash_ids_numpy`.
+    segments_BT, mask_BT: as in `memory.hashing.row_ids`.
     """
-    return row_ids(self.memory.layout, layer, canonical_BT, segments_BT, mask_BT=mask_BT)
+    ids_BTJ = row_ids(self.memory.layout, layer, canonical_BT, segments_BT, mask_BT=mask_BT)
+    return np.asarray(ids_BTJ)
 
   def rows(self, layer: int, row_ids: np.ndarray) -> np.ndarray:
-    """float32 [..., C], dequantised; each distinct row is read once. ValueError for a bad id."""
+    """Dequantised rows, float32 [..., C], each read once; ValueError for ids outside the table."""
     return self.memory.tables[layer](row_ids)
 
   def module(self, layer: int) -> Engram:
-    """The layer's module with the checkpoint's weights in float32; read once, then kept."""
+    """The layer's module with the checkpoint's weights in float32; they are read once."""
     if layer not in self._modules:
       self._modules[layer] = _module(self.memory, layer)
     return self._modules[layer]
@@ -138,12 +147,12 @@ class MemoryReader:
     rows_BTM: jax.Array,
     mask_BT: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array]:
-    """(delta_BTGD, gate_BTG): what the module adds to the branches, and its gates.
+    """Runs the module: (delta_BTGD that is added to the branches, gate_BTG).
 
     Args:
       hidden_BTGD: the residual branches at the block's entry; their dtype is the compute dtype.
-      rows_BTM: rows of each token, end to end ([B, T, J, C] is taken too).
-      mask_BT: bool; True where no text token stands: gate and delta are zero there (V4.1).
+      rows_BTM: rows of each token, end to end, or [B, T, J, C].
+      mask_BT: bool; True where there is no text token: gate and delta are zero there (V4.1).
 
     Raises ValueError for a mask where the module has a convolution, which would look past it.
     """
@@ -160,7 +169,7 @@ class MemoryReader:
 def _module(memory: Memory, layer: int) -> Engram:
   make = lambda: Engram(memory.cfg, memory.width, memory.branches, rngs=nnx.Rngs(0))
   graphdef, shapes = nnx.split(nnx.eval_shape(make), nnx.Param)
-  values = {name: jnp.asarray(array) for name, array in memory.parameters(layer).items()}
+  weights = {name: jnp.asarray(array) for name, array in memory.parameters(layer).items()}
   expected = {name: leaf.shape for name, leaf in nnx.to_pure_dict(shapes).items()}
-  assert {name: value.shape for name, value in values.items()} == expected
-  return nnx.merge(graphdef, nnx.State(values))
+  assert {name: weight.shape for name, weight in weights.items()} == expected
+  return nnx.merge(graphdef, nnx.State(weights))

@@ -1,8 +1,10 @@
-"""Writing a checkpoint folder as a stream: nothing larger than one slice is ever held.
+"""Writes a checkpoint folder as a stream: nothing larger than one slice is held in memory.
 
-The folder appears under its own name when it is complete, and never before: files are written into
-a hidden folder beside it, synced, and that one is renamed. The `safetensors` library writes only
-what is in memory; here it opens every file before the folder gets its name.
+The folder appears under its name when it is complete, and never before: files are written into a
+hidden folder beside it and synced, and that folder is renamed. The `safetensors` library can write
+only arrays in memory; here it opens every file, as a check, before the folder gets its name.
+
+Local letter: n, entries of one slice.
 """
 
 import contextlib
@@ -13,7 +15,7 @@ import pathlib
 import secrets
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -22,14 +24,19 @@ import safetensors
 from engram_jax.core.manifest import sync_directory
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.interop.folder import INDEX
-from engram_jax.interop.safetensors import BITS, MAX_HEADER_BYTES, NUMPY
+from engram_jax.interop.safetensors import DTYPE_BITS, MAX_HEADER_BYTES, NUMPY_DTYPES
 
 SHARD_BYTES = 5_000_000_000
 SLICE_BYTES = 64 << 20
 
 
-class Source(NamedTuple):
-  """A tensor to write: `slices` yields its entries in order, in arrays of its NumPy dtype."""
+class StreamedTensor(NamedTuple):
+  """A tensor to write.
+
+  Attributes:
+    dtype: as safetensors name it.
+    slices: yields the tensor's entries in order, arrays [n, *shape[1:]] of its NumPy dtype.
+  """
 
   dtype: str
   shape: tuple[int, ...]
@@ -37,12 +44,13 @@ class Source(NamedTuple):
 
   @property
   def nbytes(self) -> int:
-    return math.prod(self.shape) * BITS[self.dtype] // 8
+    """Bytes of the tensor in its file."""
+    return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """A hidden folder that becomes `path` when the block ends, and vanishes where it fails.
+def new_folder(path: str | os.PathLike) -> Generator[pathlib.Path]:
+  """A hidden folder that becomes `path` when the `with` ends, and is removed where it fails.
 
   Raises ConfigError where `path` exists, StorageError where it cannot be written.
   """
@@ -66,13 +74,13 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     shutil.rmtree(part, ignore_errors=True)
 
 
-def dumps(value: Any) -> str:
-  """JSON as this project writes it into such folders."""
+def dump_json(value: Any) -> str:
+  """The JSON text of a value, indented, for a file of a checkpoint folder."""
   return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """A text file, synced."""
+  """Writes a text file and syncs it."""
   with open(path, "w", encoding="utf-8") as file:
     file.write(text)
     file.flush()
@@ -81,81 +89,106 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 def write_tensors(
   folder: pathlib.Path,
-  tensors: Mapping[str, Source],
+  tensors: Mapping[str, StreamedTensor],
   shard_bytes: int = SHARD_BYTES,
-  written: Callable[[int], object] = lambda count: None,
+  on_bytes_written: Callable[[int], object] = lambda count: None,
 ) -> None:
-  """`model-0000i-of-0000n.safetensors` and their index, in the given order of tensors.
+  """Writes tensors, in order, to `model-0000i-of-0000k.safetensors` files and their index.
 
-  A file takes tensors up to `shard_bytes` of data; a tensor that is larger has one for itself.
-  `written` is told how many bytes each slice had.
+  Args:
+    folder: an existing folder, from `new_folder`.
+    tensors: by name.
+    shard_bytes: a file takes tensors up to so many; a larger tensor has a file for itself.
+    on_bytes_written: called with the bytes of each slice.
 
-  Raises StorageError where there is no room for them, ValueError where a source yields another
-  shape or dtype than it said.
+  Raises StorageError where the disk has no room for them, ValueError where a tensor's slices have
+  another shape or dtype than its own.
   """
   if shard_bytes < 1:
     raise ConfigError(f"shard_bytes={shard_bytes} must be positive")
-  total, free = sum(source.nbytes for source in tensors.values()), shutil.disk_usage(folder).free
+  total = sum(tensor.nbytes for tensor in tensors.values())
+  free = shutil.disk_usage(folder).free
   if total > free:
     raise StorageError(f"{folder.parent} has {free:,} bytes free: {total:,} do not fit")
   shards = _shards(tensors, shard_bytes)
   file_of = {}
   for i, names in enumerate(shards, 1):
     file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-    _write_file(folder / file, {name: tensors[name] for name in names}, written)
+    _write_file(folder / file, {name: tensors[name] for name in names}, on_bytes_written)
     file_of |= dict.fromkeys(names, file)
-  write_text(folder / INDEX, dumps({"metadata": {"total_size": total}, "weight_map": file_of}))
+  write_text(folder / INDEX, dump_json({"metadata": {"total_size": total}, "weight_map": file_of}))
 
 
-def _shards(tensors: Mapping[str, Source], limit: int) -> list[list[str]]:
+def _shards(tensors: Mapping[str, StreamedTensor], limit: int) -> list[list[str]]:
   shards: list[list[str]] = []
   room = 0
-  for name, source in tensors.items():
-    if not shards or source.nbytes > room:
+  for name, tensor in tensors.items():
+    if not shards or tensor.nbytes > room:
       shards.append([])
       room = limit
     shards[-1].append(name)
-    room -= source.nbytes
+    room -= tensor.nbytes
   return shards
 
 
 def _write_file(
-  path: pathlib.Path, tensors: Mapping[str, Source], written: Callable[[int], object]
+  path: pathlib.Path,
+  tensors: Mapping[str, StreamedTensor],
+  on_bytes_written: Callable[[int], object],
 ) -> None:
-  header, end = {"__metadata__": {"format": "np"}}, 0
-  for name, source in tensors.items():
-    offsets = [end, end + source.nbytes]
-    header[name] = {"dtype": source.dtype, "shape": list(source.shape), "data_offsets": offsets}
+  header: dict[str, Any] = {"__metadata__": {"format": "np"}}
+  end = 0
+  for name, tensor in tensors.items():
+    offsets = [end, end + tensor.nbytes]
+    header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
     end = offsets[1]
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
   assert len(text) <= MAX_HEADER_BYTES, f"a header of {len(text):,} bytes"
   with open(path, "wb") as file:
     file.write(struct.pack("<Q", len(text)) + text)
-    for name, source in tensors.items():
-      _write_slices(file, name, source, written)
+    for name, tensor in tensors.items():
+      _write_slices(file, name, tensor, on_bytes_written)
     file.flush()
     os.fsync(file.fileno())
-  with safetensors.safe_open(path, "np") as opened:  # its header is what others will read
-    assert set(opened.keys()) == set(tensors), f"{path} is not what was to be written"
+  with safetensors.safe_open(path, "np") as opened:
+    assert set(opened.keys()) == set(tensors), f"{path} holds other tensors than were written"
 
 
 def _write_slices(
-  file: BinaryIO, name: str, source: Source, written: Callable[[int], object]
+  file: BinaryIO, name: str, tensor: StreamedTensor, on_bytes_written: Callable[[int], object]
 ) -> None:
   done = 0
-  for array in source.slices():
-    if array.dtype != NUMPY[source.dtype] or array.shape[1:] != source.shape[1:]:
-      raise ValueError(f"{name}: a slice {array.dtype}{list(array.shape)} of {source[:2]}")
+  for array in tensor.slices():
+    if array.dtype != NUMPY_DTYPES[tensor.dtype] or array.shape[1:] != tensor.shape[1:]:
+      raise ValueError(f"{name}: a slice {array.dtype}{list(array.shape)} of {tensor[:2]}")
     file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     done += array.nbytes
-    written(array.nbytes)
-  if done != source.nbytes:
-    raise ValueError(f"{name}: {done:,} bytes in slices, {source.nbytes:,} in {source[:2]}")
+    on_bytes_written(array.nbytes)
+  if done != tensor.nbytes:
+    raise ValueError(f"{name}: {done:,} bytes in slices, {tensor.nbytes:,} in {tensor[:2]}")
 
 
-def ranges(rows: int, row_bytes: int, most: int = SLICE_BYTES) -> Iterator[tuple[int, int]]:
-  """[start, stop) over `rows`, of at most `most` bytes each (one row at least)."""
-  step = max(1, most // max(1, row_bytes))
-  for start in range(0, rows, step):
-    yield start, min(rows, start + step)
+def sliced_tensor(
+  dtype: str, shape: tuple[int, ...], read: Callable[..., np.ndarray]
+) -> StreamedTensor:
+  """A tensor that is written slice by slice, each `read(start, stop)`; a scalar is `read()`."""
+  row_bytes = math.prod(shape[1:]) * DTYPE_BITS[dtype] // 8
+
+  def slices() -> Iterator[np.ndarray]:
+    if not shape:
+      yield read()
+      return
+    for start, stop in slice_ranges(shape[0], row_bytes):
+      yield read(start, stop)
+
+  return StreamedTensor(dtype, shape, slices)
+
+
+def slice_ranges(
+  count: int, entry_bytes: int, max_bytes: int = SLICE_BYTES
+) -> Iterator[tuple[int, int]]:
+  """Yields ranges [start, stop) over `count` entries, each of at most `max_bytes` or one entry."""
+  step = max(1, max_bytes // max(1, entry_bytes))
+  for start in range(0, count, step):
+    yield start, min(count, start + step)

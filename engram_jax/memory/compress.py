@@ -126,6 +126,7 @@ class TokenCompressor:
 
 def check_ids(ids: np.ndarray, size: int, what: str) -> None:
   """Refuses ids that are no integers or outside [0, size), naming the first and its position."""
+  ids = np.asarray(ids)
   if ids.dtype.kind not in "iu":
     raise ValueError(f"{what}s are integers, not {ids.dtype}")
   if ids.size == 0 or (ids.min() >= 0 and ids.max() < size):

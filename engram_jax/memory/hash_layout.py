@@ -18,11 +18,9 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from engram_jax.config import DIALECTS, EngramConfig
+from engram_jax.config import DIALECTS, MAX_ROWS, EngramConfig
 from engram_jax.errors import ConfigError
 from engram_jax.memory.compress import TokenCompressor
-
-MAX_ROWS = 2**31 - 1  # row ids are int32, offsets included
 
 
 class Dialect(NamedTuple):

@@ -17,13 +17,13 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from engram_jax.config import MAX_ROWS
 from engram_jax.core.mesh import platform
 from engram_jax.memory import exchange
 from engram_jax.memory.dedup import FILL, expand
 from engram_jax.memory.exchange import Partition, Round
 
 PAD_MULTIPLE = 1024
-MAX_ROWS = 2**31 - 1  # row ids are int32
 
 
 def padded_rows(rows: int, devices: int = 1) -> int:
@@ -126,8 +126,8 @@ def lookup(
     capacity: rows that one exchange carries, over the ids of a device; what is above travels in
       further rounds. Never changes the result.
 
-  An id outside the array gives a row of NaN, never a neighbour's row; `check_row_ids` refuses such
-  ids on the host, where they enter.
+  An id outside the array gives a row of NaN, never a neighbour's row; `compress.check_ids` refuses
+  such ids on the host, where they enter.
   """
   if mesh is not None and mesh.size > 1 and row_ids.size:
     return _sharded_lookup(mesh, capacity, table_RC, row_ids)
@@ -207,16 +207,3 @@ def _partition(mesh: Mesh, capacity: float, table_RC: jax.Array, row_ids: jax.Ar
 def lookup_reference(table_RC: jax.Array, row_ids: jax.Array) -> jax.Array:
   """`lookup` for ids that are inside the table, as plain indexing."""
   return jnp.take(table_RC, row_ids, axis=0)
-
-
-def check_row_ids(row_ids: np.ndarray, rows: int) -> None:
-  """Raises ValueError, naming the first offending id, unless all are integers in [0, rows)."""
-  row_ids = np.asarray(row_ids)
-  if not np.issubdtype(row_ids.dtype, np.integer):
-    raise ValueError(f"row ids are integers, not {row_ids.dtype}")
-  if row_ids.size == 0 or (row_ids.min() >= 0 and row_ids.max() < rows):
-    return
-  where = np.argwhere((row_ids < 0) | (row_ids >= rows))[0]
-  raise ValueError(
-    f"row id {row_ids[tuple(where)]} at {where.tolist()} is outside the table: 0 to {rows - 1}"
-  )

@@ -1,5 +1,4 @@
-"""The backbone a memory augments: attention, mixture of experts, residual branches, language model.
+"""The backbone that a memory augments: attention, mixture of experts, residual branches, and LM.
 
-Arrays are named by their axes: B batch, T time, D width, V vocabulary, G residual branches. In the
-mixture of experts: S = B T tokens, E routed experts, K experts chosen per token, F expert width.
+`params` is the table of all parameters; `lm` is the model, `block` one of its blocks.
 """

@@ -16,7 +16,7 @@ from engram_jax.model.moe import FeedForward, MoE
 
 class Block(nnx.Module):
   """Block `layer` (0-based): `engram` where the config places a memory, and either `moe` or
-  `feed_forward`; what a block has not is None."""
+  `feed_forward`; the others are None."""
 
   def __init__(self, cfg: ModelConfig, layer: int, *, rngs: nnx.Rngs):
     D, G, std, eps = cfg.width, cfg.residual.branches, cfg.init_std, cfg.norm_eps
@@ -38,14 +38,21 @@ class Block(nnx.Module):
     positions_BT: jax.Array,
     mesh: Mesh | None = None,
   ) -> tuple[jax.Array, dict[str, Any]]:
-    """The streams after the block, and its probes: "gate" [B, T, G] and "load" [E] if it has them.
+    """Returns the streams after the block, and its probes: "gate" [B, T, G] of a memory, "load" of
+    experts.
 
-    rows_BTM: what was looked up for each token; None in a block without a memory.
+    rows_BTM: the rows of each token, M = J C; None in a block without a memory.
     mesh: the devices that B is divided over; None is one.
     """
+
+    def remember(x_BTGD: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+      assert self.engram is not None
+      assert rows_BTM is not None, "a block with a memory needs rows"
+      return self.engram(x_BTGD, rows_BTM, segments_BT)
+
     return self.around(
       x_BTGD,
-      lambda x_BTGD: self.engram(x_BTGD, rows_BTM, segments_BT),
+      remember,
       lambda normed_BTD: self.attention(normed_BTD, segments_BT, positions_BT, mesh),
       mesh,
     )
@@ -53,25 +60,26 @@ class Block(nnx.Module):
   def around(
     self,
     x_BTGD: jax.Array,
-    recall: Callable[[jax.Array], tuple[jax.Array, dict[str, Any]]],
+    remember: Callable[[jax.Array], tuple[jax.Array, dict[str, Any]]],
     attend: Callable[[jax.Array], jax.Array],
     mesh: Mesh | None = None,
   ) -> tuple[jax.Array, dict[str, Any]]:
-    """The block with what crosses positions given: a decoder attends over its cache.
+    """Runs the block with other memory and attention: a decoder reads caches in both.
 
-    recall: `x_BTGD -> (delta_BTGD, probes)`, called where the block has a memory.
+    remember: `x_BTGD -> (delta_BTGD, probes)`, called where the block has a memory.
     attend: `normed_BTD -> y_BTD`.
     """
     probes = {}
     if self.engram is not None:
       with jax.named_scope("engram"):
-        delta_BTGD, gates = recall(x_BTGD)
+        delta_BTGD, gates = remember(x_BTGD)
         x_BTGD, probes = x_BTGD + delta_BTGD, probes | gates
 
     def feed(normed_BTD):
       if self.moe is not None:
         with jax.named_scope("moe"):
           return self.moe(normed_BTD, mesh)
+      assert self.feed_forward is not None
       with jax.named_scope("feed_forward"):
         return self.feed_forward(normed_BTD), {}
 

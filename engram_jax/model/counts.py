@@ -1,7 +1,7 @@
-"""How many parameters and FLOPs a config has, by arithmetic: no array is made and no jax imported.
+"""Parameters and FLOPs of a config, by arithmetic: no array is made and no jax imported.
 
-The published sums differ in what they hold, so every part is kept apart (`Counts`) and each sum
-says what it adds up. The paper's "total" counts one vocabulary matrix and the memory's tables, its
+The published sums have different parts, so every part has a number (`Counts`) and each sum names
+those that it adds up. The paper's "total" counts one vocabulary matrix and the memory's tables, its
 "active" no vocabulary matrix and of the tables only the rows that one token looks up.
 """
 
@@ -35,7 +35,7 @@ class Counts:
   tables: int  # the primes' sum x C of every layer
 
   vocabulary_matrix: int  # V D, whether it is stored once or twice
-  chosen_experts: int  # what top_k takes of routed_experts
+  chosen_experts: int  # top_k of routed_experts
   looked_up_rows: int  # M numbers a layer, of tables
 
   @property
@@ -57,9 +57,9 @@ class Counts:
 
   @property
   def active_parameters(self) -> int:
-    """The paper's "active", what one token uses: attention, dense feed-forwards, the top-k routed
-    and all shared experts, routers, residual mixing, norms, the Engram modules and the row values
-    it looks up. Neither vocabulary matrix."""
+    """The paper's "active", the parameters that one token uses: attention, dense feed-forwards, the
+    top-k routed and all shared experts, routers, residual mixing, norms, the Engram modules and the
+    row values it looks up. Neither vocabulary matrix."""
     unused = self.routed_experts - self.chosen_experts + self.tables - self.looked_up_rows
     return self.total_parameters - self.vocabulary_matrix - unused
 
@@ -70,8 +70,8 @@ class Counts:
 
   @property
   def matrix_parameters(self) -> int:
-    """What multiplies activations inside the blocks, apart from routers and residual mixing: the
-    parameters that Muon trains."""
+    """Parameters that multiply activations inside the blocks, apart from routers and residual
+    mixing: those that Muon trains."""
     experts = self.routed_experts + self.shared_experts
     return self.attention + self.dense_feed_forward + experts + self.engram_projections
 
@@ -111,7 +111,7 @@ def count(cfg: ModelConfig, layout: HashLayout | None = None) -> Counts:
 
 
 def flops_per_token(cfg: ModelConfig, sequence_length: int) -> float:
-  """FLOPs of matrix products, forward, mean over the positions of a sequence; training takes 3x.
+  """FLOPs of forward matrix products, mean over the positions of a sequence; training takes 3x.
 
   Two for each parameter that a token is multiplied by (attention, dense feed-forwards, chosen and
   shared experts, routers, the projections of the residual mixing and of the memories, the head),
@@ -133,7 +133,7 @@ def table_layout(cfg: ModelConfig) -> HashLayout | None:
   """A layout with the tables of this model; None without a memory.
 
   The primes, and so the rows, do not depend on the compressed vocabulary, which only a tokenizer
-  tells: here it is the raw one, so the multipliers are not those of a run.
+  gives: here it is the raw one, so the multipliers are not those of a run.
   """
   return HashLayout.of(cfg.engram, TokenCompressor.identity(cfg.vocab_size))
 

@@ -1,14 +1,16 @@
-"""Three ways to run the chosen experts over their tokens; equal, and none ever drops a token.
+"""Three implementations of the chosen experts over their tokens; equal, and none drops a token.
 
 All have one signature: `(x_SD, experts_SK, weights_SK, w_gate_EDF, w_up_EDF, w_down_EFD) -> y_SD`,
 
     y[s] = sum_k weights[s, k] * expert[experts[s, k]](x[s]),
     expert[e](x) = (silu(x w_gate[e]) * (x w_up[e])) w_down[e],
 
-with experts_SK int32 in [0, E) and, per token, no expert twice. S tokens, D width, E experts,
-K experts per token, F expert width, and N = S K assignments, numbered s K + k. With K = 1 a row of
-zeros may also name expert E, which is nobody: it adds to no gradient of a weight, and what it gets
-itself, forward and backward, is to be ignored.
+with experts_SK int32 in [0, E) and, per token, no expert twice. With K = 1 a row of zeros may also
+name expert E, which does not exist: it adds to no gradient of a weight, and its own result, forward
+and backward, is to be ignored.
+
+Local letters: S, tokens; E, experts; K, experts per token; F, expert width; N = S K, assignments,
+numbered s K + k; P, blocks; Q, rows of a block.
 
 `dense_experts` is the plain reference, with E / K times the work. `blocked_experts` is for CPUs,
 where XLA has no grouped product: assignments are sorted by expert, each expert's run is padded to
@@ -32,7 +34,7 @@ Experts = Callable[..., jax.Array]
 
 
 def experts_for(dispatch: str, platform: str | None = None) -> Experts:
-  """The function that a config's `dispatch` names; "auto": blocked on CPU, ragged elsewhere.
+  """Returns the function that `dispatch` names; "auto": blocked on CPU, ragged elsewhere.
 
   platform: of the devices that will run it; default: this process's.
   """
@@ -49,7 +51,7 @@ def dense_experts(
   w_up_EDF: jax.Array,
   w_down_EFD: jax.Array,
 ) -> jax.Array:
-  """Every expert over every token, weighted; an expert that was not chosen weighs zero."""
+  """Runs every expert over every token, weighted; an expert that was not chosen weighs zero."""
   chosen_SKE = jax.nn.one_hot(experts_SK, w_gate_EDF.shape[0], dtype=weights_SK.dtype)
   weights_SE = jnp.einsum("SKE,SK->SE", chosen_SKE, weights_SK)
   gate_ESF = jnp.einsum("SD,EDF->ESF", x_SD, w_gate_EDF)
@@ -66,12 +68,12 @@ def ragged_experts(
   w_up_EDF: jax.Array,
   w_down_EFD: jax.Array,
 ) -> jax.Array:
-  """Assignments sorted by expert, then `lax.ragged_dot` over the runs."""
+  """Sorts assignments by expert, then runs `lax.ragged_dot` over the groups."""
   tokens, k = experts_SK.shape
   experts = w_gate_EDF.shape[0]
   order_N = checkpoint_name(sort_by_expert(experts_SK, experts)[0], ROUTING)
-  places_N = jnp.arange(tokens * k, dtype=order_N.dtype)
-  inverse_N = jnp.zeros_like(order_N).at[order_N].set(places_N, unique_indices=True)
+  position_N = jnp.arange(tokens * k, dtype=order_N.dtype)
+  inverse_N = jnp.zeros_like(order_N).at[order_N].set(position_N, unique_indices=True)
   inverse_N = checkpoint_name(inverse_N, ROUTING)
   sizes_E = expert_counts(experts_SK, experts)
   x_ND = _permute(jnp.repeat(x_SD, k, axis=0), order_N, inverse_N)
@@ -84,19 +86,19 @@ def ragged_experts(
 
 @jax.custom_vjp
 def _permute(rows: jax.Array, order_N: jax.Array, inverse_N: jax.Array) -> jax.Array:
-  """Rows in another order; the gradient by the inverse order, where autodiff would scatter."""
+  """Permutes rows; its gradient permutes by the inverse order, where autodiff would scatter."""
   del inverse_N
   return rows.at[order_N].get(unique_indices=True, mode="promise_in_bounds")
 
 
 _permute.defvjp(
   lambda rows, order_N, inverse_N: (_permute(rows, order_N, inverse_N), (order_N, inverse_N)),
-  lambda kept, d_rows: (_permute(d_rows, *reversed(kept)), None, None),
+  lambda orders, d_rows: (_permute(d_rows, *reversed(orders)), None, None),
 )
 
 
 def sort_by_expert(experts_SK: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
-  """(assignments in the order of their experts, those experts), both int32 [N]; stable."""
+  """Returns (assignments in the order of their experts, those experts), both int32 [N]; stable."""
   expert_N = experts_SK.reshape(-1)
   count = expert_N.size
   if (experts + 1) * count < 2**31:  # one packed key sorts four times as fast as a key and a value
@@ -107,20 +109,20 @@ def sort_by_expert(experts_SK: jax.Array, experts: int) -> tuple[jax.Array, jax.
 
 
 class _Blocks(NamedTuple):
-  """Where the assignments lie when every expert's run is padded to whole blocks.
+  """Positions of the assignments when every expert's run is padded to whole blocks.
 
-  P blocks of Q rows. P is the worst case; only the first `used` blocks hold assignments.
+  P is the worst case; only the first `used` blocks hold assignments.
   """
 
-  token_PQ: jax.Array  # int32: whose activation the row holds; any token on padding
+  token_PQ: jax.Array  # int32: the token whose activation the row holds; any on padding
   assignment_PQ: jax.Array  # int32: s K + k, or N on padding
   expert_P: jax.Array  # int32
   used: jax.Array  # int32 []
-  row_SK: jax.Array  # int32: where in [P Q] an assignment lies
+  row_SK: jax.Array  # int32: position in [P Q] of an assignment
 
 
 def block_rows(assignments: int, experts: int) -> int:
-  """Q: the power of two next to half an expert's mean share, between 16 and 512.
+  """Q, the power of two next to half an expert's mean share, between 16 and 512.
 
   About half a block per expert is padding, and small blocks waste a CPU's matrix product. Measured
   on 1 and 2 cores at 512 assignments per expert: 128 and 256 rows within 15 % of each other, 512
@@ -162,10 +164,10 @@ def blocked_experts(
   w_up_EDF: jax.Array,
   w_down_EFD: jax.Array,
 ) -> jax.Array:
-  """Blocks of one expert's tokens, one after the other; no work on experts without tokens.
+  """Runs blocks of one expert's tokens, one after the other; no work on experts without tokens.
 
   Both directions read rows by gathers: the sum over a token's K experts, and the gradient of its
-  activation, take each assignment's row from where the sort has put it, so nothing is scattered.
+  activation, read each assignment's row at its sorted position, so nothing is scattered.
   """
   return _forward(x_SD, experts_SK, weights_SK, w_gate_EDF, w_up_EDF, w_down_EFD)[0]
 
@@ -191,8 +193,8 @@ def _forward(x_SD, experts_SK, weights_SK, w_gate_EDF, w_up_EDF, w_down_EFD):
   return y_SD, (x_SD, weights_SK, w_in, w_down_EFD, blocks, pre)
 
 
-def _backward(kept, dy_SD):
-  x_SD, weights_SK, w_in, w_down, blocks, pre = kept
+def _backward(residuals, dy_SD):
+  x_SD, weights_SK, w_in, w_down, blocks, pre = residuals
   _, hidden, width = w_down.shape
   count, rows = blocks.token_PQ.shape
   weight_PQ = jnp.append(weights_SK.reshape(-1), 0)[blocks.assignment_PQ]  # zero on padding
@@ -237,7 +239,7 @@ def _outer(x_QD: jax.Array, y_QF: jax.Array) -> jax.Array:
 
 
 def _sum_over_k(rows: jax.Array, row_SK: jax.Array, weights_SK: jax.Array | None = None):
-  """[S, D]: the K rows of each token, added (weighted)."""
+  """Adds the K rows of each token, [S, D], weighted if weights are given."""
   total = jnp.zeros((), rows.dtype)
   for k in range(row_SK.shape[1]):
     row_SD = rows[row_SK[:, k]]

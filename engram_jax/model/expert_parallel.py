@@ -1,13 +1,17 @@
 """Experts over a mesh: each device's own tokens through experts that other devices may hold.
 
 A `shard_map` over all axes. Tokens stay on the device of their sequence, equal along `tensor`.
-What travels: over `fsdp` the weights, gathered in the compute dtype (their gradients return as a
-reduce-scatter); over `expert` an all-to-all of token rows to the experts' owners and one back; over
-`tensor` the sum of the parts that each slice of the hidden width contributes.
+Communication: over `fsdp` an all-gather of the weights in the compute dtype (a reduce-scatter of
+their gradients); over `expert` an all-to-all of token rows to the experts' owners and one back;
+over `tensor` a sum of the parts that each slice of the hidden width contributes.
 
 Buffers of the all-to-all hold CAPACITY times the mean number of assignments a pair of devices
 exchanges. Assignments beyond that are not dropped: if any device has some, all devices gather the
-tokens of their expert group, compute what was left over, and reduce-scatter the sums.
+tokens of their expert group, compute the assignments that overflowed, and reduce-scatter the sums.
+
+Local letters: E, experts; K, experts per token; F, expert width; n, devices along `expert`; and of
+one device e = E / n experts, s tokens, N = s K assignments, b and t examples and positions, c slots
+in each of n buckets, S = n c slots.
 """
 
 import functools
@@ -39,12 +43,12 @@ def routed_experts(
   specs: tuple[PartitionSpec, ...],
   mesh: Mesh,
 ) -> tuple[jax.Array, jax.Array]:
-  """What `MoE` computes of its routed experts on one device, and each expert's load, on a mesh.
+  """Computes routed experts as `MoE` does on one device, and each expert's load, on a mesh.
 
   Args:
     x_BTD: B divides by the batch's mesh axes.
     weights: in the compute dtype, E over `expert` and F over `tensor`.
-    specs: where each of the weights lies; `fsdp` may divide any axis.
+    specs: sharding of each of the weights; `fsdp` may divide any axis.
 
   Returns:
     (y_BTD, load_E): the load is float32, the share of all devices' assignments.
@@ -58,7 +62,7 @@ def routed_experts(
       routing = route(x_sD, w_router_DE, bias_E, cfg.top_k, cfg.route_scale)
       load_E = lax.pmean(expert_load(routing[0], cfg.routed_experts), BATCH_AXES)
     with jax.named_scope("routed_experts"):
-      weights = tuple(_whole(w, spec) for w, spec in zip(weights, specs, strict=True))
+      weights = tuple(_gather_fsdp(w, spec) for w, spec in zip(weights, specs, strict=True))
       compute = experts if mesh.shape["expert"] == 1 else functools.partial(_exchange, experts)
       y_sD = lax.psum(compute(x_sD, *routing, *weights), "tensor")
     return y_sD.reshape(x_btD.shape), load_E
@@ -73,7 +77,7 @@ def routed_experts(
   )(x_BTD, w_router_DE, bias_E, weights)
 
 
-def _whole(w: jax.Array, spec: PartitionSpec) -> jax.Array:
+def _gather_fsdp(w: jax.Array, spec: PartitionSpec) -> jax.Array:
   for axis, names in enumerate(spec):
     if names == "fsdp" or (isinstance(names, tuple) and "fsdp" in names):
       return lax.all_gather(w, "fsdp", axis=axis, tiled=True)
@@ -81,25 +85,25 @@ def _whole(w: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 class _Slots(NamedTuple):
-  """Places of a device's N = s K assignments in n buckets of c, one per owner of experts.
+  """Slots of a device's assignments in buckets, one per owner of experts.
 
-  Numbers at and above n c mean that a bucket was full; above N that a place is empty.
+  Numbers at and above S mean that a bucket was full; at and above N that a slot is empty.
   """
 
-  slot_N: jax.Array  # int32: an assignment's place in [n c]
-  assignment_S: jax.Array  # int32 [n c]: the assignment in a place
-  expert_S: jax.Array  # int32 [n c]: of the owner's e experts, the one asked for; e if none
+  slot_N: jax.Array  # int32: the slot of an assignment
+  assignment_S: jax.Array  # int32: the assignment in a slot
+  expert_S: jax.Array  # int32: the expert of the owner's e that is requested; e if none
 
 
 def capacity(tokens: int, top_k: int, experts: int, devices: int) -> int:
-  """c: places per bucket for that many tokens a device; never more than could ever be used."""
+  """c, slots per bucket for that many tokens a device; never more than could be used."""
   mean = tokens * top_k / devices
   most = tokens * min(top_k, experts // devices)
   return min(-(-int(CAPACITY * mean + 1) // 8) * 8, most)
 
 
 def _exchange(experts_fn: Experts, x_sD, experts_sK, weights_sK, *weights_e: jax.Array):
-  """The signature of `dispatch`, for the e of E experts that this device holds."""
+  """Computes the experts of `expert_dispatch` where this device holds e of E of them."""
   n, e = lax.axis_size("expert"), weights_e[0].shape[0]
   s, K = experts_sK.shape
   c = capacity(s, K, n * e, n)
@@ -118,10 +122,10 @@ def _exchange(experts_fn: Experts, x_sD, experts_sK, weights_sK, *weights_e: jax
   over_sK = (slots.slot_N >= n * c).reshape(s, K)
   # The same answer on every device: collectives wait in both branches.
   any_over = lax.pmax(jnp.any(over_sK).astype(jnp.int32), AXES) > 0
-  left_over = jax.checkpoint(functools.partial(_left_over, experts_fn))
+  overflow = jax.checkpoint(functools.partial(_overflow, experts_fn))
   extra_sD = lax.cond(
     any_over,
-    left_over,
+    overflow,
     lambda x_sD, *_: jnp.zeros_like(x_sD),
     x_sD,
     jnp.where(over_sK, experts_sK, n * e),
@@ -136,9 +140,11 @@ def _bucket(experts_sK: jax.Array, n: int, e: int, c: int) -> _Slots:
   order_N, expert_N = sort_by_expert(experts_sK, n * e)  # an owner's experts are neighbours
   owner_N = expert_N // e
   counts_n = expert_counts(owner_N, n)
-  place_N = jnp.arange(N, dtype=jnp.int32) - (jnp.cumsum(counts_n) - counts_n)[owner_N]
+  slot_in_bucket_N = jnp.arange(N, dtype=jnp.int32) - (jnp.cumsum(counts_n) - counts_n)[owner_N]
   # Numbers past the end differ from one another, so that "unique" stays true of them.
-  slot_N = jnp.where(place_N < c, owner_N * c + place_N, n * c + jnp.arange(N, dtype=jnp.int32))
+  slot_N = jnp.where(
+    slot_in_bucket_N < c, owner_N * c + slot_in_bucket_N, n * c + jnp.arange(N, dtype=jnp.int32)
+  )
   empty_S = N + jnp.arange(n * c, dtype=jnp.int32)
   put = lambda into, index, values: into.at[index].set(values, mode="drop", unique_indices=True)
   return _Slots(
@@ -149,17 +155,17 @@ def _bucket(experts_sK: jax.Array, n: int, e: int, c: int) -> _Slots:
 
 
 def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
-  """Rows by distinct numbers; zeros for numbers past the end."""
+  """Gathers rows by distinct numbers; zeros for numbers past the end."""
   return rows.at[index].get(mode="fill", fill_value=0, unique_indices=True)
 
 
 def _grouped(experts_fn: Experts, x_ND, ids_N, weights_e) -> jax.Array:
-  """Each row through the expert it names; rows of no expert (e) are zeros and give anything."""
+  """Runs each row through its expert; rows of no expert (e) are zeros and give anything."""
   return experts_fn(x_ND, ids_N[:, None], jnp.ones((len(ids_N), 1), x_ND.dtype), *weights_e)
 
 
-def _left_over(experts_fn: Experts, x_sD, experts_sK, weights_sK, weights_e) -> jax.Array:
-  """The exact path: this device's experts over the left-over assignments of its whole group.
+def _overflow(experts_fn: Experts, x_sD, experts_sK, weights_sK, weights_e) -> jax.Array:
+  """The exact path: this device's experts over the overflowed assignments of its whole group.
 
   One device's tokens at a time, computed again in the backward pass, so that it needs little more
   memory than the tokens of the group.
@@ -168,15 +174,15 @@ def _left_over(experts_fn: Experts, x_sD, experts_sK, weights_sK, weights_e) -> 
   first = lax.axis_index("expert") * e
 
   @jax.checkpoint
-  def from_one(x_sD, experts_sK, weights_sK):
+  def from_device(x_sD, experts_sK, weights_sK):
     ids_sK = experts_sK - first
-    mine_N1 = ((ids_sK >= 0) & (ids_sK < e)).reshape(-1, 1)
-    ids_N = jnp.where(mine_N1[:, 0], ids_sK.reshape(-1), e)
-    x_ND = jnp.where(mine_N1, jnp.repeat(x_sD, K, axis=0), 0)
-    y_ND = jnp.where(mine_N1, _grouped(experts_fn, x_ND, ids_N, weights_e), 0)
+    is_local_N1 = ((ids_sK >= 0) & (ids_sK < e)).reshape(-1, 1)
+    ids_N = jnp.where(is_local_N1[:, 0], ids_sK.reshape(-1), e)
+    x_ND = jnp.where(is_local_N1, jnp.repeat(x_sD, K, axis=0), 0)
+    y_ND = jnp.where(is_local_N1, _grouped(experts_fn, x_ND, ids_N, weights_e), 0)
     y_sKD = y_ND.reshape(*experts_sK.shape, -1)
     return jnp.einsum("skd,sk->sd", y_sKD, weights_sK).astype(x_sD.dtype)
 
   group = tuple(lax.all_gather(a, "expert") for a in (x_sD, experts_sK, weights_sK))
-  y_nsD = lax.map(lambda one: from_one(*one), group)
+  y_nsD = lax.map(lambda tokens: from_device(*tokens), group)
   return lax.psum_scatter(y_nsD, "expert", scatter_dimension=0, tiled=False)

@@ -1,4 +1,4 @@
-"""Parameters divided over `fsdp`, and activations over the batch's axes: how they come together.
+"""Gathers of parameters divided over `fsdp`, and constraints on activations divided by batch.
 
 Heads, hidden widths and the vocabulary are divided over `tensor`, experts over `expert`, and one
 other large axis over `fsdp` (model/params.py): what `fsdp` divides is stored in parts and gathered
@@ -6,7 +6,7 @@ for the layer that uses it. Activations are divided by sequence over the batch's
 """
 
 import functools
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 from jax import lax
@@ -24,20 +24,20 @@ def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
   return with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
 
 
-def is_sharded(mesh: Mesh | None) -> bool:
+def is_sharded(mesh: Mesh | None) -> TypeGuard[Mesh]:
   """Says whether arrays are divided: a mesh of more than one device."""
   return mesh is not None and mesh.size > 1
 
 
 def gather_params(params: Any, mesh: Mesh | None) -> Any:
-  """All-gathers what `fsdp` divides of the parameters; gradients arrive divided again."""
+  """All-gathers the parameters that `fsdp` divides; gradients arrive divided again."""
   if not is_sharded(mesh):
     return params
 
-  def one(path: Any, w: jax.Array, stored: NamedSharding) -> jax.Array:
+  def gather(path: Any, w: jax.Array, stored: NamedSharding) -> jax.Array:
     return w if is_gathered_by_dispatch(path) else _gather(w, stored, _without_fsdp(stored))
 
-  return jax.tree_util.tree_map_with_path(one, params, param_shardings(params, mesh))
+  return jax.tree_util.tree_map_with_path(gather, params, param_shardings(params, mesh))
 
 
 def all_gather_param(w: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -52,7 +52,7 @@ def all_gather_param(w: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def constrain_stack(stacked: Any, layer: Any, mesh: Mesh | None) -> Any:
-  """Constrains stacked arrays to lie as those of one `layer` do, undivided along the layers."""
+  """Constrains stacked arrays to the sharding of one `layer`, undivided along the layers."""
   if not is_sharded(mesh):
     return stacked
   over = lambda s: NamedSharding(mesh, PartitionSpec(None, *s.spec))
@@ -70,17 +70,17 @@ def is_param_gather(primitive: Any, params: dict[str, Any]) -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(w: jax.Array, stored: NamedSharding, whole: NamedSharding) -> jax.Array:
-  # Held where it is stored first, or the partitioner may gather what came before the cast.
-  return with_sharding_constraint(with_sharding_constraint(w, stored), whole)
+def _gather(w: jax.Array, stored: NamedSharding, full: NamedSharding) -> jax.Array:
+  # Constrained as stored first, or the partitioner may gather the array from before the cast.
+  return with_sharding_constraint(with_sharding_constraint(w, stored), full)
 
 
-def _gather_forward(w, stored, whole):
-  return _gather(w, stored, whole), None
+def _gather_forward(w, stored, full):
+  return _gather(w, stored, full), None
 
 
-def _gather_backward(stored, whole, _, dw):
-  # An automatic transpose would ask for the whole gradient everywhere: an all-reduce where a
+def _gather_backward(stored, full, _, dw):
+  # An automatic transpose would ask for the full gradient everywhere: an all-reduce where a
   # reduce-scatter does.
   return (with_sharding_constraint(dw, stored),)
 

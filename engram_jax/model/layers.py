@@ -1,4 +1,7 @@
-"""Root-mean-square normalisation (arXiv 1910.07467)."""
+"""Layers without state of their own: RMS normalisation (arXiv 1910.07467) and rotary positions.
+
+Local letters: H, heads; r, width of a head's rotary part; p = r / 2, pairs that are rotated.
+"""
 
 import functools
 import math
@@ -39,7 +42,7 @@ rms_norm.defvjp(_forward, _backward)
 
 
 def frequencies(dim: int, base: float, yarn: YarnConfig) -> np.ndarray:
-  """Radians a position for each of the dim/2 pairs, float32.
+  """Angles in radians per position of the dim / 2 pairs, float32 [p].
 
   YaRN's "NTK by parts": pairs that turn more than `beta` times within the original length keep
   their frequency, those that turn less than `alpha` times are slowed by `scale`, and between the
@@ -54,19 +57,19 @@ def frequencies(dim: int, base: float, yarn: YarnConfig) -> np.ndarray:
 
 
 def logit_factor(yarn: YarnConfig) -> float:
-  """What YaRN multiplies attention logits by: (0.1 f ln(scale) + 1)^2; 1 for plain RoPE."""
+  """The factor of attention logits under YaRN, (0.1 f ln(scale) + 1)^2; 1 for plain RoPE."""
   return (0.1 * yarn.attention_factor * math.log(yarn.scale) + 1) ** 2
 
 
-def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, frequencies_r: np.ndarray) -> jax.Array:
-  """Each pair of the last axis turned by position x frequency, in float32; dtype of x.
+def rotate(x_BTHr: jax.Array, positions_BT: jax.Array, frequencies_p: np.ndarray) -> jax.Array:
+  """Rotates each pair of the last axis by position x frequency, in float32; dtype of x.
 
   Args:
-    x_BTHR: [B, T, H, R] with R = 2 len(frequencies).
+    x_BTHr: r = 2 len(frequencies).
     positions_BT: int32 positions within the document.
   """
-  angle_BT1r = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_r
-  cos, sin = jnp.cos(angle_BT1r), jnp.sin(angle_BT1r)
-  first, second = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
+  angle_BT1p = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_p
+  cos, sin = jnp.cos(angle_BT1p), jnp.sin(angle_BT1p)
+  first, second = jnp.split(x_BTHr.astype(jnp.float32), 2, axis=-1)
   turned = (first * cos - second * sin, second * cos + first * sin)
-  return jnp.concatenate(turned, axis=-1).astype(x_BTHR.dtype)
+  return jnp.concatenate(turned, axis=-1).astype(x_BTHr.dtype)

@@ -1,7 +1,6 @@
 """The language model: embedding, blocks over G residual streams, norm, head.
 
-Rows are an argument: the model never knows whether they came from a sharded table, host memory, a
-file, or are zeros.
+Rows are an argument, whether they were read from a sharded table, host memory or a file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,8 @@ from engram_jax.model.router import ROUTING, RouterBias
 
 
 class LM(nnx.Module):
-  """Parameters beside the blocks', float32: embedding [V, D], g_final [D], head [D, V] unless tied.
+  """The language model. Parameters beside those of its blocks, float32: embedding [V, D], g_final
+  [D], and head [D, V] unless tied.
 
   Streams start as copies of the embedding and are averaged at the end, so that with mixing at its
   start the model is the one with a single stream.
@@ -52,7 +52,7 @@ class LM(nnx.Module):
     positions_BT: jax.Array | None = None,
     mesh: Mesh | None = None,
   ) -> tuple[jax.Array, dict[str, tuple[jax.Array, ...]]]:
-    """The final hidden state and what happened on the way.
+    """Returns the final hidden state and probes of its computation.
 
     Args:
       tokens_BT: int32 token ids in [0, V).
@@ -65,7 +65,7 @@ class LM(nnx.Module):
 
     Returns:
       hidden_BTD after the final norm, in the compute dtype, and probes: "gate", a float32
-      [B, T, G] per memory; "load", a float32 [E] per MoE block, each expert's share of the
+      [B, T, G] per memory; "load", a float32 array per MoE block, each expert's share of the
       assignments; "hidden", a [B, T, D] per block, the mean of the streams after it.
 
     Raises:
@@ -97,7 +97,7 @@ class LM(nnx.Module):
 
   @jax.named_scope("embedding")
   def streams(self, tokens_BT: jax.Array, mesh: Mesh | None = None) -> jax.Array:
-    """[B, T, G, D], G copies of each token's embedding, in the compute dtype."""
+    """Residual streams [B, T, G, D], copies of each token's embedding, in the compute dtype."""
     dtype = compute_dtype(self.cfg.dtype, platform(mesh))
     params = to_compute_dtype({"embedding": self.embedding[...]}, dtype)
     embedding_VD = gather_params(params, mesh)["embedding"]
@@ -107,7 +107,7 @@ class LM(nnx.Module):
 
   @jax.named_scope("final_norm")
   def final(self, x_BTGD: jax.Array) -> jax.Array:
-    """[B, T, D]: the streams after the last block, averaged and normalised."""
+    """The hidden state [B, T, D]: the streams after the last block, averaged and normalised."""
     return rms_norm(x_BTGD.mean(2), self.g_final[...], self.cfg.norm_eps)
 
   @property
@@ -116,7 +116,7 @@ class LM(nnx.Module):
     return self.embedding[...].T if self.head is None else self.head[...]
 
   def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-    """float32 [B, T, V] of a hidden state that this model returned."""
+    """Logits, float32 [B, T, V], of a hidden state that this model returned."""
     with jax.named_scope("head"):
       head_DV = self.head_DV.astype(hidden_BTD.dtype)
       return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
@@ -134,13 +134,13 @@ def run_blocks(
   positions_BT: jax.Array,
   mesh: Mesh | None,
 ) -> tuple[jax.Array, Probes]:
-  """The streams after all blocks, and every block's probes by name, in the order of layers.
+  """Returns the streams after all blocks, and every block's probes by name, in the order of layers.
 
   With `cfg.scan_layers` each run of equal blocks without a memory is one `lax.scan`: its parameters
   are stacked here, in the compute dtype where their use would cast them.
 
   Args:
-    rows_of: [B, T, M] by layer.
+    rows_of: rows [B, T, M] of each memory, by layer.
   """
   probes: Probes = {"gate": [], "load": [], "hidden": []}
   split = [nnx.split(block, nnx.Param, RouterBias) for block in blocks]
@@ -185,7 +185,7 @@ def _block(cfg: ModelConfig, graphdef: Any, segments_BT, positions_BT, mesh, sca
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
-  # The backward pass gathers a layer's weights again; kept, they would be the whole model.
+  # The backward pass gathers a layer's weights again; saved, they would be the full model.
   return not is_param_gather(primitive, params)
 
 
@@ -194,14 +194,14 @@ def _runs(split: Sequence[tuple], rows_of: Mapping[int, jax.Array]) -> list[list
   runs: list[list[int]] = []
   for layer in range(len(split)):
     last = runs[-1][-1] if runs else None
-    apart = last is None or last in rows_of or layer in rows_of
-    if apart or _form(split[last]) != _form(split[layer]):
+    starts_run = last is None or last in rows_of or layer in rows_of
+    if starts_run or _signature(split[last]) != _signature(split[layer]):
       runs.append([])
     runs[-1].append(layer)
   return runs
 
 
-def _form(split: tuple) -> Any:
+def _signature(split: tuple) -> Any:
   leaves, tree = jax.tree.flatten(split[1:])
   return split[0], tree, [(leaf.shape, leaf.dtype) for leaf in leaves]
 

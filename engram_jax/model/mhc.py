@@ -3,13 +3,15 @@
 G residual streams x in place of one. Around a sublayer F,
 
     r      = x / rms(x) over all G D numbers of a token
-    H_pre  = sigmoid(a_pre r W_pre + b_pre)                 [G]     what F reads of each stream
-    H_post = 2 sigmoid(a_post r W_post + b_post)            [G]     what each stream takes of F
-    H_res  = Sinkhorn(exp(a_res r W_res + b_res))           [G, G]  how streams mix
+    H_pre  = sigmoid(a_pre r W_pre + b_pre)                 [G]     stream weights of F's input
+    H_post = 2 sigmoid(a_post r W_post + b_post)            [G]     stream weights of its output
+    H_res  = Sinkhorn(exp(a_res r W_res + b_res))           [G, G]  mixing of the streams
     x      <- H_res x + H_post (outer) F(norm(H_pre x))
 
 H_res is doubly stochastic up to the iterations' error, so no depth of blocks blows the streams up.
 With G = 1 this is the plain residual x + F(norm(x)) and has no parameters.
+
+Local letters: F, the sublayer; H, mixing coefficients; W, their projections; S = B T tokens.
 """
 
 import math
@@ -50,7 +52,7 @@ class HyperConnection(nnx.Module):
   def __call__(
     self, x_BTGD: jax.Array, sublayer: Callable[[jax.Array], tuple[jax.Array, Any]]
   ) -> tuple[jax.Array, Any]:
-    """The streams after `sublayer(normed_BTD) -> (y_BTD, probes)`, and its probes."""
+    """Returns the streams after `sublayer(normed_BTD) -> (y_BTD, probes)`, and its probes."""
     if self.cfg.branches == 1:
       y_BTD, probes = sublayer(rms_norm(x_BTGD[:, :, 0], self.g_norm[...], self.eps))
       return x_BTGD + y_BTD[:, :, None], probes
@@ -80,7 +82,7 @@ class HyperConnection(nnx.Module):
 
 
 def sinkhorn(logits_GGS: jax.Array, iterations: int) -> jax.Array:
-  """exp(logits) after `iterations` alternating row and column normalisations over the first two
+  """Normalises exp(logits) alternately by row and by column, `iterations` times, over the first two
   axes: non-negative, columns sum to 1, rows nearly so (Sinkhorn and Knopp, 1967)."""
 
   def alternate(p_GGS, _):

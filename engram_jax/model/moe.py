@@ -1,4 +1,7 @@
-"""The router of a mixture of experts: who computes a token, and how much each counts."""
+"""Feed-forward layers: one SwiGLU, or a mixture of many with a router.
+
+Local letters: E, routed experts; F, hidden width; K, experts per token; S = B T, tokens.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +31,7 @@ class FeedForward(nnx.Module):
     self.w_down = nnx.Param(normal(rngs.params(), (hidden, width), jnp.float32))
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    """[..., D] -> [..., D], computed in the dtype of `x_BTD`."""
+    """Maps [..., D] to [..., D], computed in the dtype of `x_BTD`."""
     w_gate, w_up, w_down = (
       w[...].astype(x_BTD.dtype) for w in (self.w_gate, self.w_up, self.w_down)
     )
@@ -36,13 +39,13 @@ class FeedForward(nnx.Module):
 
 
 class MoE(nnx.Module):
-  """Shared experts plus the chosen routed experts, each a SwiGLU feed-forward of width F.
+  """Mixture of experts: shared and chosen routed experts, each a SwiGLU feed-forward of width F.
 
   Parameters, float32, normal with standard deviation `std`: w_router [D, E], w_experts_gate and
   w_experts_up [E, D, F], w_experts_down [E, F, D], and with shared experts `shared`, one
   `FeedForward` of width shared_experts * F. `bias` is a `RouterBias` [E], zeros.
 
-  cfg.dispatch chooses how the experts are computed (model/dispatch.py), never what.
+  cfg.dispatch chooses the implementation (model/expert_dispatch.py), never the result.
   """
 
   def __init__(self, cfg: MoEConfig, width: int, std: float, *, rngs: nnx.Rngs):
@@ -68,14 +71,12 @@ class MoE(nnx.Module):
   def __call__(
     self, x_BTD: jax.Array, mesh: Mesh | None = None
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """[B, T, D] -> ([B, T, D] of the same dtype, {"load": float32 [E], shares that sum to 1}).
+    """Returns ([B, T, D] of the same dtype, {"load": float32 [E], shares that sum to 1}).
 
-    On a mesh B and the experts are divided over it (model/dispatch_parallel.py).
+    On a mesh B and the experts are divided over it (model/expert_parallel.py).
     """
-    weights = tuple(
-      w[...].astype(x_BTD.dtype)
-      for w in (self.w_experts_gate, self.w_experts_up, self.w_experts_down)
-    )
+    cast = lambda w: w[...].astype(x_BTD.dtype)
+    weights = cast(self.w_experts_gate), cast(self.w_experts_up), cast(self.w_experts_down)
     if is_sharded(mesh):
       specs = expert_specs(weights, mesh)
       y_BTD, load_E = routed_experts(

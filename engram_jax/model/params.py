@@ -1,10 +1,11 @@
-"""Every parameter of the model in one table: its shape, where it lies on a mesh, what trains it.
+"""Every parameter of the model in one table: its shape, its sharding, its optimizer, its dtype.
 
 A path is a parameter's keys joined by "/"; the first entry whose pattern matches its end counts. A
 parameter that no entry names is an error, so a new one is declared here before it can be trained.
 
-Local letters, in shapes: H heads; L latent and Q query latent; n, r, v the widths of a head's
-unrotated part, its rotary part and its value; E routed experts; F hidden width; W convolution taps.
+Local letters, in shapes: H, heads; L, latent; Q, query latent; n, r and v, widths of a head's
+unrotated part, its rotary part and its value; E, routed experts; F, hidden width; W, taps of the
+convolution. In the matrices of Muon: I, input; O, output.
 """
 
 import re
@@ -13,21 +14,20 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from engram_jax.core.rules import find_rule, path_name, shardings
+from engram_jax.core.rules import ShardingRule, find_rule, path_name, shardings
 
 
 class ParamRule(NamedTuple):
-  """How the parameters are treated whose path ends in keys that match `pattern`.
+  """Treatment of the parameters whose path ends in keys that match `pattern`.
 
   shape: a word per axis; empty where the pattern names parameters of several shapes.
   axes: a word per axis, the mesh axes that divide it: f `fsdp`, t `tensor`, e `expert`, "." none;
-    empty where the array stays together.
+    empty where the array is undivided.
   group: the optimizer (training/optimizer.py) that trains them.
   matrix: for Muon, a letter per axis: I in, O out; any other letter counts matrices, each of which
     is orthogonalised by itself. Heads share one matrix, as in the paper's notation; experts and
     branches have one each.
-  is_cast: whether their use casts them to the compute dtype, so that they may travel, and be
-    stacked, in it.
+  is_cast: their use casts them to the compute dtype, so they may be gathered and stacked in it.
   """
 
   pattern: str
@@ -71,25 +71,25 @@ GATHERED_BY_DISPATCH = r"(.*/)?moe/w_experts_\w+"
 
 
 def param_rule(path: Any, x: Any) -> ParamRule:
-  """The entry of a parameter (an array or its shape); ValueError where there is none that fits."""
+  """Returns the entry of a parameter (an array or its shape); ValueError where none fits."""
   return find_rule(path_name(path), tuple(x.shape), PARAM_RULES, "model/params.py")
 
 
 def param_shardings(params: Any, mesh: Mesh) -> Any:
-  """The NamedSharding of each parameter, or of its shape; see `core.rules.shardings`."""
-  return shardings(params, PARAM_RULES, mesh)
+  """Returns the NamedSharding of each parameter, or of its shape; see `core.rules.shardings`."""
+  return shardings(params, [ShardingRule(rule.pattern, rule.axes) for rule in PARAM_RULES], mesh)
 
 
 def expert_specs(weights: Any, mesh: Mesh) -> tuple[PartitionSpec, ...]:
-  """The specs of w_experts_gate, w_experts_up and w_experts_down."""
+  """Returns the specs of w_experts_gate, w_experts_up and w_experts_down."""
   names = ("gate", "up", "down")
   named = {f"moe/w_experts_{name}": w for name, w in zip(names, weights, strict=True)}
-  placed = param_shardings(named, mesh)
-  return tuple(placed[name].spec for name in named)
+  sharding = param_shardings(named, mesh)
+  return tuple(sharding[name].spec for name in named)
 
 
 def to_compute_dtype(params: Any, dtype: Any) -> Any:
-  """The parameters, those whose use would cast them in the compute dtype."""
+  """Casts the parameters whose use would cast them to the compute dtype; others stay."""
   return jax.tree_util.tree_map_with_path(
     lambda path, w: w.astype(dtype) if param_rule(path, w).is_cast else w, params
   )

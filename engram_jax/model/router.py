@@ -1,9 +1,11 @@
-"""The router of a mixture of experts: who computes a token, how much each counts, and its balance.
+"""The router of a mixture of experts: the choice of experts, their weights, and load balancing.
 
 Scores are sigmoids; the top-k of score + bias are chosen, and weighted by their scores without the
 bias (arXiv 2401.06066, 2412.19437). The bias balances the load without a loss term and therefore
 without a gradient: after each step it moves by a fixed amount against an expert's load
 (arXiv 2408.15664).
+
+Local letters: E, routed experts; K, experts per token; S, tokens.
 """
 
 import jax
@@ -13,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 ROUTING = "routing"
-"""Name of what a backward pass should keep and not compute again: small integers, slow to sort."""
+"""Name of the small integers that a backward pass keeps, since they are slow to sort again."""
 
 
 def route(
@@ -40,12 +42,12 @@ def route(
 
 
 def expert_load(experts_SK: jax.Array, experts: int) -> jax.Array:
-  """Each expert's share of the assignments: float32 [E], sums to 1."""
+  """The share of the assignments that each expert has, float32 [E], sum 1."""
   return expert_counts(experts_SK, experts) / jnp.float32(experts_SK.size)
 
 
 def expert_counts(experts_SK: jax.Array, experts: int) -> jax.Array:
-  """Assignments to each of E experts: int32 [E]; numbers outside [0, E) count for none."""
+  """Counts the assignments to each of E experts, int32 [E]; ids outside [0, E) count for none."""
   return jnp.sum(_is_expert(experts_SK.reshape(-1), experts), axis=0, dtype=jnp.int32)
 
 

@@ -12,27 +12,27 @@ its gate over the branches at that token. With `echo` the prompt's tokens have t
 """
 
 import dataclasses
-import functools
 import importlib.resources
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
-from fastapi import FastAPI, Request
+import fastapi
+from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from engram_jax.errors import ConfigError, EngramError
-from engram_jax.serve.auth import Guard, error_response, has_key
+from engram_jax.serve.auth import Guard, error_body, error_response, has_key
 from engram_jax.serve.engine import Engine
-from engram_jax.serve.prompts import Words
-from engram_jax.serve.request import EngineDown, Event, Job, Prompt, QueueFull
-from engram_jax.serve.responses import Answer
-from engram_jax.serve.schema import MAX_SCORES, Asked, ChatBody, CompletionBody
-from engram_jax.serve.server import Gone, Listening
+from engram_jax.serve.prompts import PromptEncoder
+from engram_jax.serve.request import EngineDown, Event, PromptScored, QueueFull, Request
+from engram_jax.serve.responses import ResponseBuilder
+from engram_jax.serve.schema import MAX_SCORES, ChatBody, CompletionBody
+from engram_jax.serve.server import ClientDisconnected, EventStream
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -43,10 +43,13 @@ class UnknownModel(EngramError):
 
 @dataclasses.dataclass(frozen=True)
 class Service:
-  """name: the model's. api_key: needed if given. hosts: see `Guard`."""
+  """The served model and the limits of the server.
+
+  name: of the model. api_key: needed if it is not None. hosts: see `Guard`. timeout: in seconds.
+  """
 
   engine: Engine
-  words: Words
+  encoder: PromptEncoder
   name: str
   api_key: str | None = None
   hosts: frozenset[str] | None = LOOPBACK
@@ -56,8 +59,11 @@ class Service:
 
 
 def make_app(service: Service) -> FastAPI:
-  """The engine must be running."""
-  app = FastAPI(title="engram_jax", docs_url=None, redoc_url=None)  # those load scripts from afar
+  """The application; its engine must be running."""
+  # Its documentation pages would load scripts from other sites.
+  app = FastAPI(
+    title="engram_jax", docs_url=None, redoc_url=None, exception_handlers=_EXCEPTION_HANDLERS
+  )
   app.add_middleware(
     Guard,
     api_key=service.api_key,
@@ -65,16 +71,14 @@ def make_app(service: Service) -> FastAPI:
     max_body=service.max_body,
     timeout=service.timeout,
   )
-  for kind, handler in _HANDLERS.items():
-    app.add_exception_handler(kind, handler)
-  prepare = functools.partial(run_in_threadpool, _prepare, service)
+  prepare = lambda make_requests, body: run_in_threadpool(_prepare, service, make_requests, body)
 
   @app.get("/", response_class=HTMLResponse)
   async def page() -> HTMLResponse:
     return HTMLResponse(_page(), headers={"Content-Security-Policy": _POLICY})
 
   @app.get("/health")
-  async def health(request: Request) -> JSONResponse:
+  async def health(request: fastapi.Request) -> JSONResponse:
     status = service.engine.status()
     ok = status["status"] == "ok"
     if not has_key(request.headers.get("authorization", "").encode("latin-1"), service.api_key):
@@ -92,87 +96,102 @@ def make_app(service: Service) -> FastAPI:
     return _model(service)
 
   @app.post("/v1/completions")
-  async def completions(body: CompletionBody, request: Request) -> Response:
-    return await _answered(service, await prepare(service.words.completion_jobs, body), request)
+  async def completions(body: CompletionBody, request: fastapi.Request) -> Response:
+    builder = await prepare(service.encoder.completion_requests, body)
+    return await _respond(service, builder, request)
 
   @app.post("/v1/chat/completions")
-  async def chat(body: ChatBody, request: Request) -> Response:
-    return await _answered(service, await prepare(service.words.chat_jobs, body), request)
+  async def chat(body: ChatBody, request: fastapi.Request) -> Response:
+    builder = await prepare(service.encoder.chat_requests, body)
+    return await _respond(service, builder, request)
 
   return app
 
 
-def _prepare(service: Service, make: Callable[..., list[Job]], body: Asked) -> Answer:
-  """In a thread: tokenising a long text must not keep others waiting."""
+def _prepare(
+  service: Service,
+  make_requests: Callable[[Any, int], list[Request]],
+  body: CompletionBody | ChatBody,
+) -> ResponseBuilder:
+  """Tokenises and checks a body. Runs in a thread: a long text must not keep others waiting."""
   if body.model is not None:
     _check_model(service, body.model)
-  jobs = make(body, service.engine.decoder.capacity)
-  if len(jobs) > service.engine.queue:
+  engine = service.engine
+  requests = make_requests(body, engine.decoder.capacity)
+  if len(requests) > engine.queue:
     raise ConfigError(
-      f"prompt: {len(jobs)} continuations in one request, but only {service.engine.queue} may wait"
+      f"prompt: {len(requests)} continuations in one request, but only {engine.queue} may wait"
     )
-  for job in jobs[:: body.n]:
-    service.engine.decoder.check([job.ids], job.max_new)
-  answer = Answer(body, jobs, service.words, service.name)
-  if answer.scores > MAX_SCORES:
+  for request in requests[:: body.n]:
+    engine.decoder.check_prompts([request.ids], request.max_new)
+  builder = ResponseBuilder(body, requests, service.encoder, service.name)
+  if builder.max_scores > MAX_SCORES:
     raise ConfigError(
-      f"logprobs: up to {answer.scores:,} in one answer, but at most {MAX_SCORES:,}: send fewer "
-      "prompts at a time, or ask for fewer"
+      f"logprobs: up to {builder.max_scores:,} in one answer, but at most {MAX_SCORES:,}: send "
+      "fewer prompts at a time, or ask for fewer"
     )
-  return answer
+  return builder
 
 
-async def _answered(service: Service, answer: Answer, request: Request) -> Response:
-  listening = Listening(service.engine, answer.jobs, request.receive)
+async def _respond(
+  service: Service, builder: ResponseBuilder, request: fastapi.Request
+) -> Response:
+  stream = EventStream(service.engine, builder.requests, request.receive)
   response = None
   try:
-    events = aiter(listening)
-    if answer.body.stream:
+    events = aiter(stream)
+    if builder.body.stream:
       # Headers are sent with the first event: until then a failure can still be a status.
       first = await anext(events)
-      response = _Stream(_lines(answer, first, events), listening.close)
+      response = _EventStreamResponse(_sse_lines(builder, first, events), stream.close)
       return response
     async for i, event in events:
-      answer.add(i, event)
-    return await run_in_threadpool(lambda: JSONResponse(answer.whole()))  # may be long
-  except Gone:
-    return Response(status_code=499)  # nobody reads it
+      builder.add(i, event)
+    return await run_in_threadpool(lambda: JSONResponse(builder.response()))  # may be long
+  except ClientDisconnected:
+    return Response(status_code=499)  # the client is no longer there
   finally:
-    if response is None:  # else the stream does it
-      listening.close()
+    if response is None:  # else the response closes it
+      stream.close()
 
 
-async def _lines(answer: Answer, first: Any, events: AsyncIterator) -> AsyncIterator[str]:
-  """Server-sent events."""
+async def _sse_lines(
+  builder: ResponseBuilder, first: tuple[int, Event], events: AsyncIterator[tuple[int, Event]]
+) -> AsyncIterator[str]:
+  """Yields the lines of a stream of server-sent events."""
   try:
-    for chunk in answer.first():
-      yield _line(chunk)
-    if text := await _line_of(answer, *first):
-      yield text
+    for chunk in builder.first_chunks():
+      yield _sse_line(chunk)
+    if line := await _event_line(builder, *first):
+      yield line
     async for i, event in events:
-      if text := await _line_of(answer, i, event):
-        yield text
-    for chunk in answer.last():
-      yield _line(chunk)
-  except Gone:
+      if line := await _event_line(builder, i, event):
+        yield line
+    for chunk in builder.last_chunks():
+      yield _sse_line(chunk)
+  except ClientDisconnected:
     return
   except EngineDown as error:
-    yield _line(json.loads(error_response(503, str(error), code="engine_down").body))
+    yield _sse_line(error_body(503, str(error), code="engine_down"))
   yield "data: [DONE]\n\n"
 
 
-async def _line_of(answer: Answer, i: int, event: Event) -> str | None:
-  """That of an event; a prompt's own is made in a thread, as it may be long."""
-  make = lambda: (chunk := answer.add(i, event)) and _line(chunk)
-  return await run_in_threadpool(make) if isinstance(event, Prompt) else make()
+async def _event_line(builder: ResponseBuilder, i: int, event: Event) -> str | None:
+  """The line of an event; that of a prompt is made in a thread, as it may be long."""
+
+  def make() -> str | None:
+    chunk = builder.add(i, event)
+    return None if chunk is None else _sse_line(chunk)
+
+  return await run_in_threadpool(make) if isinstance(event, PromptScored) else make()
 
 
-def _line(value: dict[str, Any]) -> str:
+def _sse_line(value: dict[str, Any]) -> str:
   return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"
 
 
-class _Stream(StreamingResponse):
-  """Closes what it listens to however it ends."""
+class _EventStreamResponse(StreamingResponse):
+  """A response that closes its event stream however it ends."""
 
   def __init__(self, lines: AsyncIterator[str], close: Callable[[], None]):
     super().__init__(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -202,7 +221,7 @@ def _check_model(service: Service, name: str) -> None:
 
 
 def _page() -> str:
-  return importlib.resources.files(__package__).joinpath("page.html").read_text("utf-8")
+  return importlib.resources.files("engram_jax.serve").joinpath("page.html").read_text("utf-8")
 
 
 _POLICY = (
@@ -210,36 +229,36 @@ _POLICY = (
 )
 
 
-async def _invalid(_: Request, error: RequestValidationError) -> Response:
+async def _invalid(_: fastapi.Request, error: RequestValidationError) -> Response:
   first = error.errors()[0]
-  where = ".".join(map(str, first["loc"][1:]))[:200] or "body"
+  field = ".".join(map(str, first["loc"][1:]))[:200] or "body"
   message = str(first["msg"]).removeprefix("Value error, ")[:500]
   if first["type"] == "extra_forbidden":
     message = "is not a field of this request"
-  return error_response(400, f"{where}: {message}")
+  return error_response(400, f"{field}: {message}")
 
 
-async def _http(_: Request, error: HTTPException) -> Response:
+async def _http(_: fastapi.Request, error: HTTPException) -> Response:
   return error_response(error.status_code, str(error.detail), headers=error.headers)
 
 
-async def _unknown_model(_: Request, error: UnknownModel) -> Response:
+async def _unknown_model(_: fastapi.Request, error: UnknownModel) -> Response:
   return error_response(404, str(error), code="model_not_found")
 
 
-async def _bad(_: Request, error: ConfigError) -> Response:
+async def _bad(_: fastapi.Request, error: ConfigError) -> Response:
   return error_response(400, str(error))
 
 
-async def _full(_: Request, error: QueueFull) -> Response:
+async def _full(_: fastapi.Request, error: QueueFull) -> Response:
   return error_response(429, str(error), code="queue_full", headers={"Retry-After": "1"})
 
 
-async def _down(_: Request, error: EngineDown) -> Response:
+async def _down(_: fastapi.Request, error: EngineDown) -> Response:
   return error_response(503, str(error), code="engine_down")
 
 
-_HANDLERS = {
+_EXCEPTION_HANDLERS: dict[int | type[Exception], Callable[..., Coroutine[Any, Any, Response]]] = {
   RequestValidationError: _invalid,
   HTTPException: _http,
   UnknownModel: _unknown_model,

@@ -1,8 +1,9 @@
 """Continuous batching: requests come and go while the others go on.
 
-One thread owns the device. A turn of its loop reads at most one piece of a waiting prompt, so that
-no prompt holds the others up for longer, and then takes every running request one token further.
-What a request gets does not depend on what else runs (tests hold it equal to `continuations`).
+One thread owns the device. An iteration of its loop prefills at most one chunk of a waiting prompt,
+so that no prompt holds the others up for longer, and then decodes one token of every running
+request. The tokens of a request do not depend on the other requests (tests hold them equal to those
+of `generate_tokens`).
 """
 
 import collections
@@ -14,28 +15,34 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from engram_jax.inference.completion import TextStream
 from engram_jax.inference.decoder import Decoder
 from engram_jax.inference.sampling import require_finite
 from engram_jax.serve.request import (
-  Done,
+  Decoding,
   EngineDown,
   Event,
   Failed,
-  Job,
-  Prompt,
+  Finished,
+  Prefill,
+  PromptScored,
   QueueFull,
-  Ticket,
+  Request,
+  RequestHandle,
   Token,
 )
-from engram_jax.serve.slots import Scores, Slots, Step
+from engram_jax.serve.slots import Scores, Slots
 
 log = logging.getLogger(__name__)
 
 
 class Engine:
-  """slots: requests that run at once. queue: requests that may wait. stop_ids: tokens that end a
-  text and are no part of it. A context manager: the thread runs inside."""
+  """A queue of requests and the thread that runs them. A context manager: the thread runs inside.
+
+  Args:
+    slots: requests that run at once.
+    queue: requests that may wait.
+    stop_ids: tokens that end a text and are no part of it.
+  """
 
   def __init__(
     self,
@@ -49,12 +56,13 @@ class Engine:
     self.decoder, self.tokenizer, self.queue = decoder, tokenizer, queue
     self._stop_ids = frozenset(stop_ids)
     self._slots = Slots(decoder, slots)
-    self._running: list[_Running | None] = [None] * slots
-    self._reading: _Reading | None = None
-    self._waiting: collections.deque[Ticket] = collections.deque()
+    self._running: list[Decoding | None] = [None] * slots
+    self._prefill: Prefill | None = None
+    self._waiting: collections.deque[RequestHandle] = collections.deque()
     self._work = threading.Condition()
     self._closed: str | None = None
-    self._failures, self._last_failure = 0, None
+    self._failures: int = 0
+    self._last_failure: str | None = None
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
   def __enter__(self) -> "Engine":
@@ -65,38 +73,40 @@ class Engine:
     self.close()
 
   def submit(
-    self, jobs: Sequence[Job], listener: Callable[[int, Event], None]
-  ) -> tuple[Ticket, ...]:
-    """All of them into the queue, or none. listener: is told each job's events, with its index.
+    self, requests: Sequence[Request], listener: Callable[[int, Event], None]
+  ) -> tuple[RequestHandle, ...]:
+    """Puts all requests into the queue, or none. listener: is called with the index of a request
+    and its event.
 
     Raises ConfigError for a prompt that is unsound or too long, QueueFull, EngineDown.
     """
-    for job in jobs:
-      self.decoder.check([job.ids], job.max_new)
-    tickets = tuple(
-      Ticket(job, lambda event, i=i: listener(i, event)) for i, job in enumerate(jobs)
+    for request in requests:
+      self.decoder.check_prompts([request.ids], request.max_new)
+    handles = tuple(
+      RequestHandle(request, lambda event, i=i: listener(i, event))
+      for i, request in enumerate(requests)
     )
     with self._work:
       if self._closed:
         raise EngineDown(self._closed)
-      if len(self._waiting) + len(tickets) > self.queue:
+      if len(self._waiting) + len(handles) > self.queue:
         raise QueueFull(
           f"{len(self._waiting)} requests wait and {self.queue} may: ask again in a while"
         )
-      self._waiting.extend(tickets)
+      self._waiting.extend(handles)
       self._work.notify()
-    return tickets
+    return handles
 
-  def cancel(self, tickets: Collection[Ticket]) -> None:
-    """Their slots and places in the queue are free by the next turn; no event comes after it."""
+  def cancel(self, handles: Collection[RequestHandle]) -> None:
+    """Frees the slots and queue entries of requests by the next iteration; no event comes after."""
     with self._work:
-      for ticket in tickets:
-        ticket.cancelled = True
-      self._waiting = collections.deque(t for t in self._waiting if not t.cancelled)
+      for handle in handles:
+        handle.cancelled = True
+      self._waiting = collections.deque(h for h in self._waiting if not h.cancelled)
       self._work.notify()
 
   def close(self, reason: str = "the server is stopping") -> None:
-    """Ends the thread after its turn; whatever is not finished fails, and says why."""
+    """Ends the thread after its iteration; requests that are not finished fail with `reason`."""
     with self._work:
       self._closed = self._closed or reason
       self._work.notify()
@@ -105,12 +115,12 @@ class Engine:
     self._fail_all(self._closed)
 
   def status(self) -> dict[str, Any]:
-    """For people and load balancers: JSON-able."""
+    """The engine's load and health as JSON values, for people and load balancers."""
     with self._work:
       return {
         "status": self._closed or "ok",
         "slots": self._slots.count,
-        "busy": sum(r is not None for r in self._running) + (self._reading is not None),
+        "busy": sum(r is not None for r in self._running) + (self._prefill is not None),
         "waiting": len(self._waiting),
         "queue": self.queue,
         "capacity": self.decoder.capacity,
@@ -119,184 +129,117 @@ class Engine:
       }
 
   def _run(self) -> None:
-    while self._wait():
+    while self._wait_for_work():
       try:
-        self._turn()
+        self._iterate()
       except Exception as error:
         self._recover(error)
 
-  def _wait(self) -> bool:
-    """Until there is something to do; whether to do it."""
+  def _wait_for_work(self) -> bool:
+    """Returns True when there is something to do, False when the engine was closed."""
     with self._work:
-      while not (self._closed or self._waiting or self._reading or any(self._running)):
+      while not (self._closed or self._waiting or self._prefill or any(self._running)):
         self._work.wait()
       return not self._closed
 
-  def _turn(self) -> None:
+  def _iterate(self) -> None:
     self._drop_cancelled()
-    self._reading = self._reading or self._next()
-    if self._reading:
-      self._read()
+    prefill = self._prefill or self._begin_prefill()
+    if prefill:
+      self._run_chunk(prefill)
     if any(self._running):
-      self._step()
+      self._decode_step()
 
   def _drop_cancelled(self) -> None:
-    self._running = [r if r and not r.ticket.cancelled else None for r in self._running]
-    if self._reading and self._reading.ticket.cancelled:
-      self._reading = None
+    self._running = [r if r and not r.handle.cancelled else None for r in self._running]
+    if self._prefill and self._prefill.handle.cancelled:
+      self._prefill = None
 
-  def _next(self) -> "_Reading | None":
+  def _begin_prefill(self) -> Prefill | None:
     with self._work:
       if not self._waiting:
         return None
-      if self._waiting[0].job.max_new and None not in self._running:
+      if self._waiting[0].request.max_new and None not in self._running:
         return None
-      ticket = self._waiting.popleft()
-      # Set under the lock, so that a request is always somewhere: waiting, reading or running.
-      self._reading = _Reading(ticket)
-      return self._reading
+      # Set under the lock, so that a request is always somewhere: waiting, in prefill or running.
+      self._prefill = Prefill(self._waiting.popleft())
+      return self._prefill
 
-  def _read(self) -> None:
-    reading = self._reading
-    if not reading.piece(self._slots):
+  def _run_chunk(self, prefill: Prefill) -> None:
+    if not prefill.run_chunk(self._slots):
       return
-    ticket, job = reading.ticket, reading.ticket.job
-    if job.score_prompt:
-      self._tell(ticket, lambda: Prompt(reading.tokens(self.tokenizer)))
-    if job.max_new:
+    handle, request = prefill.handle, prefill.handle.request
+    if request.score_prompt:
+      self._emit(handle, lambda: PromptScored(prefill.tokens(self.tokenizer)))
+    if request.max_new:
+      assert prefill.state is not None
+      assert prefill.logits_BV is not None
       slot = self._running.index(None)
-      self._slots.put(slot, reading.state, reading.logits_BV, job.ids, job.sampling)
-      self._running[slot] = _Running(ticket, TextStream(self.tokenizer, job.stop))
+      self._slots.insert(slot, prefill.state, prefill.logits_BV, request.ids, request.sampling)
+      self._running[slot] = Decoding(handle, self.tokenizer)
     else:
-      self._tell(ticket, lambda: Done("", "length"))
-    self._reading = None
+      self._emit(handle, lambda: Finished("", "length"))
+    self._prefill = None
 
-  def _step(self) -> None:
+  def _decode_step(self) -> None:
+    running = {slot: r for slot, r in enumerate(self._running) if r}
     busy_B = np.array([r is not None for r in self._running])
-    step = self._slots.step(busy_B, any(r.ticket.job.top for r in self._running if r))
-    for slot in np.flatnonzero(busy_B):
-      running = self._running[slot]
-      self._tell(running.ticket, lambda r=running, s=slot: r.add(step, s, self._stop_ids))
-      if running.done is not None:
-        self._tell(running.ticket, lambda r=running: r.done)
-      if running.done is not None or running.ticket.cancelled:
+    token_B, scores = self._slots.step(busy_B, any(r.handle.request.top for r in running.values()))
+    for slot, decoding in running.items():
+      self._emit(decoding.handle, lambda d=decoding, s=slot: self._add(d, s, token_B, scores))
+      if decoding.finished is not None:
+        self._emit(decoding.handle, lambda d=decoding: d.finished)
+      if decoding.finished is not None or decoding.handle.cancelled:
         self._running[slot] = None
 
-  def _tell(self, ticket: Ticket, make: Callable[[], Event | None]) -> None:
-    """Where an answer cannot be made (its text decoded) or delivered, that request ends alone."""
-    if ticket.cancelled:
+  def _add(self, decoding: Decoding, slot: int, token_B: np.ndarray, scores: Scores) -> Token:
+    return decoding.add(int(require_finite(token_B[slot])), scores, slot, self._stop_ids)
+
+  def _emit(self, handle: RequestHandle, make: Callable[[], Event | None]) -> None:
+    """Makes an event and gives it to the listener; if either fails, that request ends alone."""
+    if handle.cancelled:
       return
     try:
       event = make()
       if event is not None:
-        ticket.listener(event)
+        handle.listener(event)
     except Exception as error:
       log.exception("a request's answer could not be made or delivered")
-      self._fail(ticket, f"the answer could not be made: {_said(error)}")
-      ticket.cancelled = True
+      self._fail(handle, f"the answer could not be made: {_describe(error)}")
+      handle.cancelled = True
 
   def _recover(self, error: Exception) -> None:
-    """Those it was working on fail; the ones that wait are served with a fresh state."""
+    """Fails the requests that were running; the ones that wait are served with a fresh state."""
     log.error("the engine failed", exc_info=error)
-    self._failures, self._last_failure = self._failures + 1, _said(error)
+    self._failures, self._last_failure = self._failures + 1, _describe(error)
     try:
-      self._fail_working(f"the engine failed while it worked on this request: {_said(error)}")
+      self._fail_active(f"the engine failed while it worked on this request: {_describe(error)}")
       self._slots = Slots(self.decoder, self._slots.count)
-    except Exception as again:
+    except Exception as second:
       log.exception("the engine cannot go on")
-      self._closed = f"the engine failed and cannot go on: {_said(again)}"
+      self._closed = f"the engine failed and cannot go on: {_describe(second)}"
       self._fail_all(self._closed)
 
-  def _fail_working(self, message: str) -> None:
-    working = [r.ticket for r in (*self._running, self._reading) if r]
-    self._running, self._reading = [None] * self._slots.count, None
-    for ticket in working:
-      self._fail(ticket, message)
+  def _fail_active(self, message: str) -> None:
+    handles = [r.handle for r in (*self._running, self._prefill) if r]
+    self._running, self._prefill = [None] * self._slots.count, None
+    for handle in handles:
+      self._fail(handle, message)
 
   def _fail_all(self, message: str) -> None:
-    self._fail_working(message)
+    self._fail_active(message)
     with self._work:
       waiting, self._waiting = self._waiting, collections.deque()
-    for ticket in waiting:
-      self._fail(ticket, message)
+    for handle in waiting:
+      self._fail(handle, message)
 
-  def _fail(self, ticket: Ticket, message: str) -> None:
+  def _fail(self, handle: RequestHandle, message: str) -> None:
     try:
-      if not ticket.cancelled:
-        ticket.listener(Failed(message))
+      if not handle.cancelled:
+        handle.listener(Failed(message))
     except Exception:
       log.exception("nobody could be told that a request failed")
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
   return f"{type(error).__name__}: {error}"
-
-
-class _Reading:
-  """A prompt that is being read, piece by piece."""
-
-  def __init__(self, ticket: Ticket):
-    self.ticket, self.state, self.logits_BV = ticket, None, None
-    self._at, self._scores, self._rows = 0, [], None
-
-  def piece(self, slots: Slots) -> bool:
-    """One more; whether it was the last."""
-    job, size = self.ticket.job, slots.sizes[-1]
-    if self.state is None:
-      self.state, self._rows = slots.decoder.empty(1), slots.ahead(job.ids, 0)
-    start, stop = self._at, min(self._at + size, len(job.ids))
-    piece, rows = job.ids[start:stop], self._rows
-    self._rows = slots.ahead(job.ids, stop)
-    following = (*job.ids[start + 1 : stop + 1], 0)[: len(piece)] if job.score_prompt else None
-    self.logits_BV, self.state, scores = slots.read(self.state, piece, rows, following, job.top > 0)
-    if scores:
-      self._scores.append(_first(scores, stop - start))
-    self._at = stop
-    return stop == len(job.ids)
-
-  def tokens(self, tokenizer: tokenizers.Tokenizer) -> tuple[Token, ...]:
-    """The prompt's own, scored: what follows token t - 1 is token t."""
-    job, stream = self.ticket.job, TextStream(tokenizer)
-    gates = [np.concatenate(g).tolist() for g in zip(*(s.gates for s in self._scores), strict=True)]
-    logprobs, ids, best = (np.concatenate([s[i] for s in self._scores]).tolist() for i in range(3))
-    tokens = []
-    for t, token in enumerate(job.ids):
-      start = stream.decoded
-      top = tuple(zip(ids[t - 1], best[t - 1], strict=True))[: job.top] if t else ()
-      logprob = logprobs[t - 1] if t else None
-      gate = tuple(g[t] for g in gates)
-      tokens.append(Token(token, stream.push(token), logprob, top, gate, start))
-    return tuple(tokens)
-
-
-def _first(scores: Scores, count: int) -> Scores:
-  return Scores(*(x[:count] for x in scores[:3]), tuple(g[:count] for g in scores.gates))
-
-
-class _Running:
-  """A request in a slot."""
-
-  def __init__(self, ticket: Ticket, stream: TextStream):
-    self.ticket, self.stream, self.made, self.done = ticket, stream, 0, None
-
-  def add(self, step: Step, slot: int, stop_ids: frozenset[int]) -> Token:
-    """The slot's token of this step. Sets `done` at the end."""
-    token, start, text = int(require_finite(step.token_B[slot])), self.stream.decoded, ""
-    if token in stop_ids:  # scored like any other: evaluation harnesses count on a last token
-      self.done = Done(self.stream.close(), "stop")
-    else:
-      text = self._push(token)
-    best = zip(step.top_BK[slot].tolist(), step.top_logprob_BK[slot].tolist(), strict=True)
-    gates = tuple(float(g[slot]) for g in step.gates)
-    top = tuple(best)[: self.ticket.job.top]
-    return Token(token, text, float(step.logprob_B[slot]), top, gates, start)
-
-  def _push(self, token: int) -> str:
-    self.made += 1
-    text = self.stream.push(token)
-    if self.stream.stopped:
-      self.done = Done("", "stop")
-    elif self.made == self.ticket.job.max_new:
-      rest = self.stream.close()
-      self.done = Done(rest, "stop" if self.stream.stopped else "length")
-    return text

@@ -1,4 +1,4 @@
-"""Text to the engine's jobs: tokenisation and chat templates."""
+"""Requests of the engine from the bodies of HTTP requests: tokenisation and chat templates."""
 
 from collections.abc import Mapping
 
@@ -7,15 +7,15 @@ import jinja2.sandbox
 import tokenizers
 
 from engram_jax.errors import ConfigError
-from engram_jax.serve.request import Job
+from engram_jax.serve.request import Request
 from engram_jax.serve.schema import ChatBody, CompletionBody, Message
 
 PLAIN_STOP = "\nuser:"  # without a template: the model would go on and speak for the user
 
 
-class Words:
+class PromptEncoder:
   """A tokenizer, and the chat template that goes with it, if any: Jinja, as published models have
-  them. names: what the template may call by name, `bos_token` and the like."""
+  them. names: those the template may use, `bos_token` and the like."""
 
   def __init__(
     self,
@@ -23,87 +23,95 @@ class Words:
     template: str | None = None,
     names: Mapping[str, str] | None = None,
   ):
-    copy = lambda: tokenizers.Tokenizer.from_str(tokenizer.to_str())
-    self._plain, self._special = copy(), copy()
-    for each in (self._plain, self._special):
-      each.no_truncation()
-      each.no_padding()
+    self._plain = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    self._with_specials = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    for copy in (self._plain, self._with_specials):
+      copy.no_truncation()
+      copy.no_padding()
     self._plain.encode_special_tokens = True  # text that spells a special token is just text
-    self._specials = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+    added = tokenizer.get_added_tokens_decoder().values()
+    self._specials = [token.content for token in added if token.special]
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    self.longest = max(map(len, vocabulary))
-    each = [[i] for i in range(max(vocabulary.values()) + 1)]
-    self._texts = self._plain.decode_batch(each, skip_special_tokens=False)
-    self._template = template and _compiled(template, names or {})
+    self.longest_token = max(map(len, vocabulary))
+    single_ids = [[i] for i in range(max(vocabulary.values()) + 1)]
+    self._texts = self._plain.decode_batch(single_ids, skip_special_tokens=False)
+    self._template = _compile(template, names or {}) if template else None
 
-  def of(self, token: int) -> str:
-    """A single token's text, special ones included; none of an id that the tokenizer has not."""
+  def token_text(self, token: int) -> str:
+    """A single token's text, special ones included; "" for an id that the tokenizer has not."""
     return self._texts[token] if token < len(self._texts) else ""
 
   def decode(self, ids: list[int]) -> str:
+    """The text of token ids."""
     return self._plain.decode(ids)
 
-  def completion_jobs(self, body: CompletionBody, capacity: int) -> list[Job]:
-    """`n` for each prompt, in order. Raises ConfigError for what cannot be."""
+  def completion_requests(self, body: CompletionBody, capacity: int) -> list[Request]:
+    """`n` requests for each prompt, in order. Raises ConfigError for a text that cannot fit."""
     prompts = [tuple(p) if isinstance(p, list) else self._encode(p, capacity) for p in body.prompt]
-    scored = body.echo and (body.logprobs is not None or body.gates)
+    score_prompt = body.echo and (body.logprobs is not None or body.gates)
+    top = body.logprobs or 0
     return [
-      Job(prompts[i // body.n], body.max_tokens, sampling, body.stop, body.logprobs or 0, scored)
+      Request(prompts[i // body.n], body.max_tokens, sampling, body.stop, top, score_prompt)
       for i, sampling in enumerate(body.samplings(len(prompts)))
     ]
 
-  def chat_jobs(self, body: ChatBody, capacity: int) -> list[Job]:
-    """`n` for the conversation. Raises ConfigError for what cannot be."""
+  def chat_requests(self, body: ChatBody, capacity: int) -> list[Request]:
+    """`n` requests for the conversation. Raises ConfigError for messages that are refused or do not
+    fit."""
     stop = body.stop
     if self._template is None:
       lines = [f"{m.role}: {m.text}\n" for m in body.messages]
       ids, stop = self._encode("".join([*lines, "assistant:"]), capacity), (*stop, PLAIN_STOP)
     else:
-      ids = self._from_template(body.messages, capacity)
+      ids = self._render(self._template, body.messages, capacity)
     room = max(capacity - len(ids), 0)
-    given = [x for x in (body.max_completion_tokens, body.max_tokens) if x is not None]
-    most = given[0] if given else room
+    limits = [x for x in (body.max_completion_tokens, body.max_tokens) if x is not None]
+    max_new = limits[0] if limits else room
     if not room:
       raise ConfigError(f"messages: {len(ids)} tokens fill the {capacity} that a request can hold")
     top = (body.top_logprobs or 0) if body.logprobs else 0
-    return [Job(ids, most, sampling, stop, top) for sampling in body.samplings(1)]
+    return [Request(ids, max_new, sampling, stop, top) for sampling in body.samplings(1)]
 
-  def _from_template(self, messages: list[Message], capacity: int) -> tuple[int, ...]:
+  def _render(
+    self, template: jinja2.Template, messages: list[Message], capacity: int
+  ) -> tuple[int, ...]:
+    """Token ids of the messages in the chat template."""
     for i, message in enumerate(messages):
       for special in self._specials:
         if special in message.text:
           raise ConfigError(f"messages[{i}]: content holds the special token {special!r}")
-    said = [{"role": m.role, "content": m.text} for m in messages]
+    values = [{"role": m.role, "content": m.text} for m in messages]
     try:
-      text = self._template.render(messages=said, add_generation_prompt=True)
+      text = template.render(messages=values, add_generation_prompt=True)
     except Exception as error:  # a template is a program, and may raise anything
       raise ConfigError(f"messages: the model's chat template refuses them: {error}") from None
-    _check_length(text, self.longest, capacity)
-    return tuple(self._special.encode(text, add_special_tokens=False).ids)
+    _check_length(text, self.longest_token, capacity)
+    return tuple(self._with_specials.encode(text, add_special_tokens=False).ids)
 
   def _encode(self, text: str, capacity: int) -> tuple[int, ...]:
-    _check_length(text, self.longest, capacity)
-    # As text was tokenised for training.
+    """Token ids of a text, tokenised as for training."""
+    _check_length(text, self.longest_token, capacity)
     return tuple(self._plain.encode(text, add_special_tokens=False).ids)
 
 
-def _check_length(text: str, longest: int, capacity: int) -> None:
-  """Before time is spent on a text that cannot fit whatever its tokens are."""
-  if len(text) > capacity * longest:
+def _check_length(text: str, longest_token: int, capacity: int) -> None:
+  # Before time is spent on a text that cannot fit whatever its tokens are.
+  if len(text) > capacity * longest_token:
     raise ConfigError(
       f"prompt: {len(text):,} characters do not fit in the {capacity} tokens that a request can "
       "hold"
     )
 
 
-def _compiled(template: str, names: Mapping[str, str]) -> jinja2.Template:
-  """In a sandbox: a template comes with a model, from whoever made it."""
+def _compile(template: str, names: Mapping[str, str]) -> jinja2.Template:
+  # In a sandbox: a template comes with a model, from whoever made it.
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-  environment.globals |= {"bos_token": "", "eos_token": "", **names, "raise_exception": _refuse}
+  values = {"bos_token": "", "eos_token": "", **names, "raise_exception": _refuse}
   try:
-    return environment.from_string(template)
+    return environment.from_string(template, globals=values)
   except jinja2.TemplateError as error:
-    raise ConfigError(f"chat template: line {error.lineno}: {error.message}") from None
+    line = getattr(error, "lineno", None)
+    raise ConfigError(f"chat template: line {line}: {error.message}") from None
 
 
 def _refuse(message: str) -> None:

@@ -1,159 +1,182 @@
-"""The engine's events in the OpenAI API's shapes, in one piece or streamed."""
+"""Responses of the OpenAI API from the engine's events, in one piece or streamed."""
 
 import math
 import time
 import uuid
-from typing import Any
+from typing import Any, Literal
 
-from engram_jax.serve.prompts import Words
-from engram_jax.serve.request import Done, Event, Failed, Job, Prompt, Token
-from engram_jax.serve.schema import Asked, ChatBody
+from engram_jax.serve.prompts import PromptEncoder
+from engram_jax.serve.request import Event, Failed, PromptScored, Request, Token
+from engram_jax.serve.schema import ChatBody, CompletionBody
+
+Json = dict[str, Any]
 
 
-class Answer:
-  """One request's. `add` turns an event into a piece of a stream; `whole` gives everything that was
-  said, once all choices are done. jobs: of sound prompts."""
+class ResponseBuilder:
+  """The response to one HTTP request, built from the events of its choices.
 
-  def __init__(self, body: Asked, jobs: list[Job], words: Words, model: str):
-    self.body, self.jobs, self.words = body, jobs, words
+  `add` returns a chunk of a stream; `response` everything, once all choices are finished.
+  requests: of sound prompts, one a choice.
+  """
+
+  def __init__(
+    self,
+    body: CompletionBody | ChatBody,
+    requests: list[Request],
+    encoder: PromptEncoder,
+    model: str,
+  ):
+    self.body, self.requests, self.encoder = body, requests, encoder
     self.chat = isinstance(body, ChatBody)
     self.scored = body.logprobs is not None and body.logprobs is not False
-    kind = ("chat.completion" if self.chat else "text_completion") + (
-      ".chunk" if self.chat and body.stream else ""
-    )
-    prefix = "chatcmpl" if self.chat else "cmpl"
+    prefix, kind = "cmpl", "text_completion"
+    if self.chat:
+      prefix, kind = "chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion"
     self._head = {
       "id": f"{prefix}-{uuid.uuid4().hex}",
       "object": kind,
       "created": int(time.time()),
       "model": model,
     }
-    self._choices = [_Choice(self, i) for i in range(len(jobs))]
+    self._choices = [_Choice(self, i) for i in range(len(requests))]
 
-  def add(self, index: int, event: Event) -> dict[str, Any] | None:
-    """The chunk for an event of choice `index`, if the answer is streamed and it says something."""
-    part = self._choices[index].part(event)
-    return part and self._head | {"choices": [part]}
+  def add(self, index: int, event: Event) -> Json | None:
+    """Returns the chunk for an event of choice `index`; None if the response is not streamed or the
+    event has nothing to send."""
+    choice = self._choices[index].add(event)
+    return choice and self._head | {"choices": [choice]}
 
-  def first(self) -> list[dict[str, Any]]:
-    """Chunks that stand before all others: a chat's say whose turn it is."""
+  def first_chunks(self) -> list[Json]:
+    """Chunks before all others: those of a chat name the role."""
     if not self.chat:
       return []
     delta = {"role": "assistant", "content": ""}
     return [
       self._head | {"choices": [{"index": i, "delta": delta, "finish_reason": None}]}
-      for i in range(len(self.jobs))
+      for i in range(len(self.requests))
     ]
 
-  def last(self) -> list[dict[str, Any]]:
-    """Chunks that stand after all others."""
+  def last_chunks(self) -> list[Json]:
+    """Chunks after all others: the usage, if it was asked for."""
     options = self.body.stream_options
-    wanted = options is not None and options.include_usage
-    return [self._head | {"choices": [], "usage": self._usage()}] if wanted else []
+    if options is None or not options.include_usage:
+      return []
+    return [self._head | {"choices": [], "usage": self._usage()}]
 
   @property
-  def scores(self) -> int:
-    """Log-probabilities and gates' tokens that it may come to hold."""
+  def max_scores(self) -> int:
+    """Upper bound of the log-probabilities and tokens' gates that the response may hold."""
     if not (self.scored or self.body.gates):
       return 0
-    return sum((1 + job.top) * (job.max_new + job.score_prompt * len(job.ids)) for job in self.jobs)
+    return sum(
+      (1 + request.top) * (request.max_new + request.score_prompt * len(request.ids))
+      for request in self.requests
+    )
 
-  def whole(self) -> dict[str, Any]:
-    """The answer that is not streamed."""
-    return self._head | {"choices": [c.whole() for c in self._choices], "usage": self._usage()}
+  def response(self) -> Json:
+    """The response that is not streamed."""
+    return self._head | {"choices": [c.full() for c in self._choices], "usage": self._usage()}
 
   def _usage(self) -> dict[str, int]:
-    prompts = sum(len(job.ids) for job in self.jobs[:: self.body.n])
-    made = sum(choice.made for choice in self._choices)
+    prompt = sum(len(request.ids) for request in self.requests[:: self.body.n])
+    generated = sum(choice.generated for choice in self._choices)
     return {
-      "prompt_tokens": prompts,
-      "completion_tokens": made,
-      "total_tokens": prompts + made,
+      "prompt_tokens": prompt,
+      "completion_tokens": generated,
+      "total_tokens": prompt + generated,
     }
 
 
 class _Choice:
-  def __init__(self, answer: Answer, index: int):
-    self.answer, self.index, self.made = answer, index, 0
-    self._echo = self._prompt_text() if getattr(answer.body, "echo", False) else ""
-    self._echoed = len(self._echo)  # characters before the continuation
-    self._text, self._tokens, self._offsets, self._reason = [], [], [], None
+  """One continuation of a response."""
 
-  def part(self, event: Event) -> dict[str, Any] | None:
-    """What an event adds, in the form of a chunk's choice; None where there are no chunks."""
+  def __init__(self, builder: ResponseBuilder, index: int):
+    self.builder, self.index, self.generated = builder, index, 0
+    self._echo = self._echo_text()
+    self._echo_length = len(self._echo)  # characters before the continuation
+    self._texts: list[str] = []
+    self._tokens: list[Token] = []
+    self._reason: str | None = None
+
+  def add(self, event: Event) -> Json | None:
+    """Adds an event and returns the choice of its chunk; None if it has no chunk."""
     assert not isinstance(event, Failed)
-    tokens, text, reason = [], "", None
-    if isinstance(event, Prompt):
-      tokens, text, self._echo = list(event.tokens), self._echo, ""
+    tokens, text = [], self._echo
+    self._echo = ""
+    if isinstance(event, PromptScored):
+      tokens = list(event.tokens)
     elif isinstance(event, Token):
-      tokens, text, self._echo = [event], self._echo + event.text, ""
-      self.made += 1
-    elif isinstance(event, Done):
-      text, reason, self._echo = self._echo + event.text, event.reason, ""
-    before = 0 if isinstance(event, Prompt) else self._echoed
-    offsets = [before + token.start for token in tokens]
-    self._text.append(text)
+      tokens, text = [event._replace(start=self._echo_length + event.start)], text + event.text
+      self.generated += 1
+    else:
+      text, self._reason = text + event.text, event.reason
+    self._texts.append(text)
     self._tokens += tokens
-    self._offsets += offsets
-    self._reason = reason
-    if not self.answer.body.stream or not (tokens or text or reason):
+    if not self.builder.body.stream or not (tokens or text or self._reason):
       return None
-    return self._form(text, tokens, offsets, reason, "delta")
+    return self._as_json(text, tokens, "delta")
 
-  def whole(self) -> dict[str, Any]:
-    text = "".join(self._text)
-    return self._form(text, self._tokens, self._offsets, self._reason, "message")
+  def full(self) -> Json:
+    """The choice of the response that is not streamed."""
+    return self._as_json("".join(self._texts), self._tokens, "message")
 
-  def _prompt_text(self) -> str:
-    body, i = self.answer.body, self.index // self.answer.body.n
-    given = body.prompt[i]
-    return given if isinstance(given, str) else self.answer.words.decode(given)
+  def _echo_text(self) -> str:
+    """The prompt's text if the completion has to begin with it, else ""."""
+    body = self.builder.body
+    if not (isinstance(body, CompletionBody) and body.echo):
+      return ""
+    prompt = body.prompt[self.index // body.n]
+    return prompt if isinstance(prompt, str) else self.builder.encoder.decode(prompt)
 
-  def _form(self, text: str, tokens: list, offsets: list, reason: str | None, place: str) -> dict:
-    answer = self.answer
-    choice: dict[str, Any] = {"index": self.index}
-    if answer.chat:
-      role = {"role": "assistant"} if place == "message" else {}
-      choice[place] = role | ({"content": text} if text or role else {})
+  def _as_json(self, text: str, tokens: list[Token], key: Literal["delta", "message"]) -> Json:
+    builder = self.builder
+    choice: Json = {"index": self.index}
+    if builder.chat:
+      role = {"role": "assistant"} if key == "message" else {}
+      choice[key] = role | ({"content": text} if text or role else {})
     else:
       choice["text"] = text
-    form = self._chat_logprobs if answer.chat else self._logprobs
-    choice["logprobs"] = form(tokens, offsets) if answer.scored else None
-    choice["finish_reason"] = reason
-    if answer.body.gates:
-      say = lambda t: {"id": t.id, "text": t.text, "gates": [_number(g) for g in t.gates]}
-      choice["engram"] = {"tokens": [say(t) for t in tokens]}
+    if not builder.scored:
+      choice["logprobs"] = None
+    elif builder.chat:
+      choice["logprobs"] = self._chat_logprobs(tokens)
+    else:
+      choice["logprobs"] = self._completion_logprobs(tokens)
+    choice["finish_reason"] = self._reason
+    if builder.body.gates:
+      gates = lambda t: {"id": t.id, "text": t.text, "gates": [_finite(g) for g in t.gates]}
+      choice["engram"] = {"tokens": [gates(t) for t in tokens]}
     return choice
 
-  def _logprobs(self, tokens: list[Token], offsets: list[int]) -> dict[str, Any]:
-    of = self.answer.words.of
+  def _completion_logprobs(self, tokens: list[Token]) -> Json:
+    token_text = self.builder.encoder.token_text
     return {
-      "tokens": [of(t.id) for t in tokens],
-      "token_logprobs": [_number(t.logprob) for t in tokens],
-      "top_logprobs": [self._best(t) for t in tokens] if self.answer.body.logprobs else None,
-      "text_offset": offsets,
+      "tokens": [token_text(t.id) for t in tokens],
+      "token_logprobs": [_finite(t.logprob) for t in tokens],
+      "top_logprobs": [self._top(t) for t in tokens] if self.builder.body.logprobs else None,
+      "text_offset": [t.start for t in tokens],
     }
 
-  def _best(self, token: Token) -> dict[str, float | None] | None:
-    """By text, the chosen one among them; of two ids with one text, the likelier."""
+  def _top(self, token: Token) -> dict[str, float | None] | None:
+    """Logprobs by text, the sampled token's among them; of two ids with one text, the likelier."""
     if token.logprob is None:
       return None
-    best: dict[str, float | None] = {}
+    top: dict[str, float | None] = {}
     for i, logprob in (*token.top, (token.id, token.logprob)):
-      best.setdefault(self.answer.words.of(i), _number(logprob))
-    return best
+      top.setdefault(self.builder.encoder.token_text(i), _finite(logprob))
+    return top
 
-  def _chat_logprobs(self, tokens: list[Token], _: list[int]) -> dict[str, Any]:
-    def say(i: int, logprob: float | None) -> dict[str, Any]:
-      text = self.answer.words.of(i)
-      return {"token": text, "logprob": _number(logprob), "bytes": list(text.encode())}
+  def _chat_logprobs(self, tokens: list[Token]) -> Json:
+    def entry(i: int, logprob: float | None) -> Json:
+      text = self.builder.encoder.token_text(i)
+      return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
     content = [
-      say(t.id, t.logprob) | {"top_logprobs": [say(*best) for best in t.top]} for t in tokens
+      entry(t.id, t.logprob) | {"top_logprobs": [entry(*top) for top in t.top]} for t in tokens
     ]
     return {"content": content}
 
 
-def _number(x: float | None) -> float | None:
-  """JSON has no NaN and no infinity: a model that says one has said nothing."""
+def _finite(x: float | None) -> float | None:
+  """None for NaN and infinities, which JSON has not."""
   return x if x is not None and math.isfinite(x) else None

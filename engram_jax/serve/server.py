@@ -1,4 +1,4 @@
-"""uvicorn, as it is run here."""
+"""The HTTP server: uvicorn, the event stream of an HTTP request, and the warm-up of an engine."""
 
 import asyncio
 import itertools
@@ -11,19 +11,20 @@ import uvicorn
 from engram_jax.errors import EngramError
 from engram_jax.inference.sampling import Sampling
 from engram_jax.serve.engine import Engine
-from engram_jax.serve.request import Done, EngineDown, Event, Failed, Job
-from engram_jax.serve.slots import TOP
+from engram_jax.serve.request import EngineDown, Event, Failed, Finished, Request
+from engram_jax.serve.slots import MAX_TOP
 
-CONNECTIONS = 1024  # at once
+MAX_CONNECTIONS = 1024  # at once
 # Longer than clients keep idle connections, so that none is closed while a request is on its way.
-KEEP_ALIVE = 75
-GRACE = 20  # seconds for running requests to end after a signal
+KEEP_ALIVE_SECONDS = 75
+SHUTDOWN_SECONDS = 20  # for running requests to end after a signal
 
 
 class Server(uvicorn.Server):
-  """`opened` is told the address, http://host:port/, once it can be called."""
+  """uvicorn with this project's limits. on_start: called with the address, http://host:port/, when
+  the server listens."""
 
-  def __init__(self, app: Any, host: str, port: int, opened: Callable[[str], None]):
+  def __init__(self, app: Any, host: str, port: int, on_start: Callable[[str], None]):
     config = uvicorn.Config(
       app,
       host=host,
@@ -31,76 +32,78 @@ class Server(uvicorn.Server):
       log_level="warning",
       lifespan="off",
       ws="none",
-      limit_concurrency=CONNECTIONS,
-      timeout_keep_alive=KEEP_ALIVE,
-      timeout_graceful_shutdown=GRACE,
+      limit_concurrency=MAX_CONNECTIONS,
+      timeout_keep_alive=KEEP_ALIVE_SECONDS,
+      timeout_graceful_shutdown=SHUTDOWN_SECONDS,
       server_header=False,
     )
     super().__init__(config)
-    self._opened = opened
+    self._on_start = on_start
 
   async def startup(self, sockets: Any = None) -> None:
-    """uvicorn's own, after which the port is known."""
+    """Starts uvicorn, after which the port is known."""
     await super().startup(sockets)
     if self.started:
       host, port = self.servers[0].sockets[0].getsockname()[:2]
-      self._opened(f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/")
+      self._on_start(f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/")
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
   """The client has closed the connection."""
 
 
-class Listening:
-  """The events of a request's jobs, each with its index, until all are done.
+class EventStream:
+  """The events of an HTTP request's engine requests, each with its index, until all are finished.
 
-  `close` cancels what is not; it must be called. Raises from the constructor what
-  `Engine.submit` raises; while iterated, EngineDown, and Gone once the client is.
+  `close` must be called; it cancels those that are not finished. The constructor raises like
+  `Engine.submit`; iterating raises EngineDown, and ClientDisconnected.
   """
 
-  def __init__(self, engine: Engine, jobs: Sequence[Job], receive: Any):
+  def __init__(self, engine: Engine, requests: Sequence[Request], receive: Any):
     loop = asyncio.get_running_loop()
     self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
-    put = self._events.put_nowait
-    say = lambda i, event: loop.call_soon_threadsafe(put, (i, event))
-    self._engine, self._open = engine, len(jobs)
-    self._tickets = engine.submit(jobs, say)
-    self._watch = asyncio.ensure_future(self._until_gone(receive))
+
+    def put(i: int, event: Event) -> None:
+      loop.call_soon_threadsafe(self._events.put_nowait, (i, event))
+
+    self._engine, self._unfinished = engine, len(requests)
+    self._handles = engine.submit(requests, put)
+    self._watch = asyncio.ensure_future(self._wait_for_disconnect(receive))
 
   async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
-    while self._open:
+    while self._unfinished:
       message = await self._events.get()
       if message is None:
-        raise Gone
+        raise ClientDisconnected
       i, event = message
       if isinstance(event, Failed):
         raise EngineDown(event.message)
-      self._open -= isinstance(event, Done)
+      self._unfinished -= isinstance(event, Finished)
       yield i, event
 
   def close(self) -> None:
-    """The slots are free by the engine's next turn."""
+    """Frees the slots by the engine's next iteration."""
     self._watch.cancel()
-    if self._open:
-      self._engine.cancel(self._tickets)
+    if self._unfinished:
+      self._engine.cancel(self._handles)
 
-  async def _until_gone(self, receive: Any) -> None:
+  async def _wait_for_disconnect(self, receive: Any) -> None:
     while (await receive())["type"] != "http.disconnect":
       pass
     self._events.put_nowait(None)
 
 
-def warm(engine: Engine) -> None:
-  """Runs a request of each kind through a running engine: every shape is then compiled.
+def warm_up(engine: Engine) -> None:
+  """Runs a request of each kind through a running engine, which compiles every shape.
 
   Raises EngramError if one fails: a server that cannot answer should not start.
   """
   capacity, chunk = engine.decoder.capacity, engine.decoder.chunk
   events: queue.SimpleQueue = queue.SimpleQueue()
-  lengths, scored = {1, min(chunk, capacity - 1)}, ((0, False), (0, True), (TOP, True))
-  for length, (top, score) in itertools.product(lengths, scored):
-    job = Job((0,) * length, 1, Sampling(), top=top, score_prompt=score)
-    engine.submit([job], lambda _, event: events.put(event))
-    while not isinstance(event := events.get(), Done):
+  lengths, kinds = {1, min(chunk, capacity - 1)}, ((0, False), (0, True), (MAX_TOP, True))
+  for length, (top, score_prompt) in itertools.product(lengths, kinds):
+    request = Request((0,) * length, 1, Sampling(), top=top, score_prompt=score_prompt)
+    engine.submit([request], lambda _, event: events.put(event))
+    while not isinstance(event := events.get(), Finished):
       if isinstance(event, Failed):
         raise EngramError(f"the model cannot be run: {event.message}")

@@ -218,7 +218,7 @@ class Tables:
 
     Args:
       row_ids: {layer: int32 [B, T, J]}, offsets included, as `memory.hashing.row_ids` gives them.
-        Inside jit an id outside the table gives NaN; `memory.table.check_row_ids` refuses such.
+        Inside jit an id outside the table gives NaN; `memory.compress.check_ids` refuses such.
 
     Raises ValueError unless there are row ids for each layer with a table, and for no other.
     """

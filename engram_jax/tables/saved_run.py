@@ -103,7 +103,7 @@ def load_run(
     where: what names the run, for messages; `--run` with its path if left out.
 
   Raises ConfigError for a folder that is no run, a step that is not saved, or a tokenizer.json that
-  is not the one it was trained with; StorageError for damaged files.
+  is missing or not the one it was trained with; StorageError for damaged files.
   """
   cfg = open_run(path)
   with Checkpoints(path / CHECKPOINTS, keep=None) as checkpoints:
@@ -114,6 +114,8 @@ def load_run(
         raise ConfigError(f"{where} holds no sound checkpoint yet; train it first")
     elif step not in (steps := checkpoints.steps()):
       raise ConfigError(f"--step {step} is not saved in {path}: {steps} are")
+    if not (path / TOKENIZER).is_file():
+      raise ConfigError(f"run {path}: no {TOKENIZER} there; put the one back that train.py wrote")
     meta, tokenizer = checkpoints.meta(step), read_tokenizer(path / TOKENIZER)
     digest = tokenizer_digest(tokenizer)
     check_fingerprint(meta, {"tokenizer_digest": digest}, str(path))

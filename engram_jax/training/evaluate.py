@@ -1,4 +1,7 @@
-"""Loss over the validation documents, together and by source, with the memory on or off."""
+"""Loss over the validation documents, together and by source, with the memory on or off.
+
+Local letter: L, memories.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +19,7 @@ LN2 = math.log(2)
 
 
 def make_eval_step(setup: TrainSetup) -> Callable[..., jax.Array]:
-  """`nll_BT = step(params, biases, rows, batch)`: each target's loss in nats, 0 where masked.
+  """Returns jitted `step(params, biases, rows, batch) -> nll_BT`, nats per target, 0 where masked.
 
   rows: [B, T, J, C] of each memory, in the order of layers.
   """
@@ -41,8 +44,8 @@ def make_eval_step(setup: TrainSetup) -> Callable[..., jax.Array]:
     )
     return jnp.where(batch["mask"], aux["nll_BT"], 0.0)
 
-  everywhere = None if setup.multi_device_mesh is None else replicated(setup.mesh)
-  return jax.jit(eval_step, out_shardings=everywhere)
+  mesh = setup.multi_device_mesh
+  return jax.jit(eval_step, out_shardings=None if mesh is None else replicated(mesh))
 
 
 def evaluate(
@@ -55,11 +58,11 @@ def evaluate(
   *,
   memory: bool = True,
 ) -> dict[str, Any]:
-  """Mean loss (nats a token), perplexity, bits per byte and counts; `by_source` holds each apart.
+  """Computes mean loss (nats per token), perplexity, bits per byte and counts, also by source.
 
-  step: of `make_eval_step`. memory: False gives rows of zeros in place of the tables'.
+  step: of `make_eval_step`. memory: False replaces the tables' rows by zeros.
 
-  Bits per byte divides by the UTF-8 bytes the targets stand for, so it compares tokenizers.
+  Bits per byte divides by the UTF-8 bytes of the targets, so it compares tokenizers.
   """
   nll, tokens, size = (np.zeros(len(sources), np.float64) for _ in range(3))
   for batch in batches:
@@ -67,11 +70,11 @@ def evaluate(
     rows = _rows(setup, state, batch.pop("row_ids", None), memory)
     loss_BT = np.asarray(step(state.params, state.biases, rows, batch), np.float64)
     mask = batch["mask"]
-    where = batch["source"][mask]
-    nll += np.bincount(where, loss_BT[mask], len(sources))
-    tokens += np.bincount(where, minlength=len(sources))
-    size += np.bincount(where, token_bytes[batch["targets"][mask]], len(sources))
-  result = _summary(nll.sum(), tokens.sum(), size.sum())
+    source = batch["source"][mask]
+    nll += np.bincount(source, loss_BT[mask], len(sources))
+    tokens += np.bincount(source, minlength=len(sources))
+    size += np.bincount(source, token_bytes[batch["targets"][mask]], len(sources))
+  result: dict[str, Any] = _summary(nll.sum(), tokens.sum(), size.sum())
   seen = [i for i in range(len(sources)) if tokens[i]]
   result["by_source"] = {sources[i]: _summary(nll[i], tokens[i], size[i]) for i in seen}
   return result

@@ -1,10 +1,12 @@
-"""Cross-entropy of next tokens without the logits of a whole batch ever existing.
+"""Cross-entropy of next tokens, without ever making the logits of a full batch.
 
 Logits [B, T, V] are the largest array of a small model's step. Here only `chunk` tokens have logits
 at once: a scan over time makes a chunk's logits, and while it has them also makes their gradient
 and both products with it. So a training step has three matrix products per chunk, none of them
-twice, and the backward pass only scales what the forward pass kept: d_hidden [B, T, D] and
+twice, and the backward pass only scales what the forward pass saved: d_hidden [B, T, D] and
 d_head [D, V].
+
+Local letters, inside a `shard_map`: b, t, d and v, sizes on one device.
 """
 
 import functools
@@ -29,7 +31,7 @@ def chunked_cross_entropy(
   chunk: int,
   z_loss: float = 0.0,
 ) -> tuple[jax.Array, Aux]:
-  """Summed cross-entropy in nats over the tokens where `mask_BT` holds.
+  """Sums the cross-entropy in nats over the tokens where `mask_BT` holds.
 
   Args:
     hidden_BTD: the state the head reads, any float dtype: the matrix products run in it and
@@ -38,8 +40,8 @@ def chunked_cross_entropy(
     targets_BT: int ids in [0, V). A masked token's target is not looked at; an unmasked one at
       V or above gives NaN.
     mask_BT: bool; masked tokens add nothing and get a gradient of exactly zero.
-    chunk: tokens whose logits exist at once. Time is what is cut, so a batch sharded over a mesh
-      stays where it is; at least one time step of all B sequences is taken.
+    chunk: tokens whose logits exist at once. Chunks are slices of time, so a batch sharded over a
+      mesh needs no communication; at least one time step of all B sequences is taken.
     z_loss: weight of logsumexp^2, which keeps the logits' scale bounded (PaLM, arXiv 2204.02311).
 
   Returns:
@@ -70,12 +72,12 @@ def cross_entropy_on(
   chunk: int,
   z_loss: float = 0.0,
 ) -> tuple[jax.Array, Aux]:
-  """`chunked_cross_entropy` on a mesh: each device its own tokens, the whole head.
+  """Computes `chunked_cross_entropy` on a mesh: each device its own tokens, with the full head.
 
-  B is divided over the batch's axes and T over `tensor`; `chunk` counts one device's tokens. What
-  travels, once and in the dtype of `hidden_BTD`, is the head by an all-gather of its parts and the
-  sum of its gradients by a reduce-scatter back to them: left to the partitioner the gradient would
-  be summed over devices for every chunk. Without a mesh, the same on one device.
+  B is divided over the batch's axes and T over `tensor`; `chunk` counts one device's tokens. The
+  communication, once and in the dtype of `hidden_BTD`, is an all-gather of the head's parts and a
+  reduce-scatter of its gradient: left to the partitioner the gradient would be summed over devices
+  for every chunk. Without a mesh it is `chunked_cross_entropy`.
   """
   if mesh is None:
     return chunked_cross_entropy(
@@ -113,7 +115,7 @@ def cross_entropy_reference(
   chunk: int = 0,
   z_loss: float = 0.0,
 ) -> tuple[jax.Array, Aux]:
-  """The same sum from all logits at once, by autodiff: what the chunked form is tested against.
+  """Sums the cross-entropy from all logits at once, by autodiff: the reference in tests.
 
   `chunk` is there for the signature and ignored.
   """
@@ -129,7 +131,7 @@ def _logits(hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
 
 
 def _nll(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """logsumexp and negative log-likelihood [...] in nats; the latter zero where masked."""
+  """Returns logsumexp and negative log-likelihood [...] in nats; the latter zero where masked."""
   lse = jax.nn.logsumexp(logits, axis=-1)
   label = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
   return lse, jnp.where(mask, lse - label, 0.0)
@@ -145,7 +147,7 @@ def _aux(nll_BT: jax.Array, z_BT: jax.Array, mask_BT: jax.Array) -> Aux:
 
 
 def _cut(x_BT: jax.Array, steps: int) -> jax.Array:
-  """[B, T, ...] -> [T / steps, B, steps, ...], padded with zeros at the end."""
+  """Slices time, [B, T, ...] -> [T / steps, B, steps, ...], padded with zeros at the end."""
   batch, time = x_BT.shape[:2]
   chunks = -(-time // steps)
   padding = [(0, 0), (0, chunks * steps - time)] + [(0, 0)] * (x_BT.ndim - 2)
@@ -201,9 +203,9 @@ def _forward(steps, z_loss, hidden_BTD, head_DV, targets_BT, mask_BT):
   return _total(nll, z, mask_BT), (d_hidden_BTD, d_head_DV, jnp.zeros((), head_DV.dtype))
 
 
-def _backward(steps, z_loss, kept, cotangents):
+def _backward(steps, z_loss, residuals, cotangents):
   del steps, z_loss
-  d_hidden_BTD, d_head_DV, head_like = kept
+  d_hidden_BTD, d_head_DV, head_like = residuals
   scale = cotangents[0]  # of the sum; aux is cut off from the gradient by its caller
   return (
     (scale * d_hidden_BTD).astype(d_hidden_BTD.dtype),

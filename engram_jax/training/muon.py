@@ -1,11 +1,11 @@
-"""Muon's orthogonalisation for many matrices, on many devices.
+"""Orthogonalisation of Muon for many matrices, on many devices.
 
 Muon (https://kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by a nearly
 orthogonal matrix, by Newton-Schulz iterations: products of the matrix with itself. Left to the
-partitioner, a matrix divided over devices is put together for each of these products, and every
-matrix of every layer is compiled for itself. Here matrices of one shape, of all layers and experts,
-are one array [n, a, b]; on a mesh each device gets whole matrices, n / devices of them, and works
-alone. What travels is every matrix once there and once back.
+partitioner, a matrix divided over devices is gathered for each of these products, and every matrix
+of every layer is compiled separately. Here matrices of one shape, of all layers and experts, are
+one array [n, a, b]; on a mesh each device gets n / devices full matrices, so the only communication
+is every matrix once there and once back.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic; its slope at zero is
 
 
 class MuonState(NamedTuple):
-  """count: i32, steps taken. mu: the momenta, a tree like the parameters."""
+  """The state of `scale_by_muon`: int32 steps taken, and momenta, a tree like the parameters."""
 
   count: jax.Array
   mu: Any
@@ -36,7 +36,7 @@ def scale_by_muon(
     axes_of: updates -> a tree like them of strings, one letter per array axis: I in, O out, any
       other letter counts matrices.
     steps: Newton-Schulz iterations.
-    beta: of the momentum.
+    beta: decay of the momentum.
     mesh: the devices to share the work; default: one.
   """
 
@@ -54,32 +54,32 @@ def scale_by_muon(
     )
     leaves, tree = jax.tree.flatten(ahead)
     axes = jax.tree.leaves(axes_of(updates))
-    return tree.unflatten(orthogonalised(leaves, axes, steps, mesh)), MuonState(count, mu)
+    return tree.unflatten(orthogonalise(leaves, axes, steps, mesh)), MuonState(count, mu)
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformation(init, update)  # ty: ignore[invalid-argument-type]  # of optax
 
 
-def orthogonalised(
+def orthogonalise(
   arrays: Sequence[jax.Array], axes: Sequence[str], steps: int, mesh: Mesh | None = None
 ) -> list[jax.Array]:
-  """Each array with its matrices replaced by nearly orthogonal ones; see `scale_by_muon`."""
-  groups: dict[tuple[int, int], list[int]] = {}
+  """Replaces the matrices of each array by nearly orthogonal ones; see `scale_by_muon`."""
+  groups: dict[tuple[int, ...], list[int]] = {}
   matrices = [_matrices(x, letters) for x, letters in zip(arrays, axes, strict=True)]
   for i, matrix in enumerate(matrices):
     groups.setdefault(matrix.shape[1:], []).append(i)
-  found = list(matrices)
+  orthogonal = list(matrices)
   for members in groups.values():
     counts = [matrices[i].shape[0] for i in members]
     together = jnp.concatenate([matrices[i] for i in members])
     together = _newton_schulz_on(mesh, together, steps)
     ends = [sum(counts[: k + 1]) for k in range(len(counts) - 1)]
     for i, part in zip(members, jnp.split(together, ends), strict=True):
-      found[i] = part
-  return [_put_back(m, x, letters) for m, x, letters in zip(found, arrays, axes, strict=True)]
+      orthogonal[i] = part
+  return [_put_back(m, x, letters) for m, x, letters in zip(orthogonal, arrays, axes, strict=True)]
 
 
 def newton_schulz(x_nab: jax.Array, steps: int) -> jax.Array:
-  """n matrices [a, b], a <= b, with singular values brought near 1: between 0.7 and 1.2 or so."""
+  """Brings the singular values of n matrices [a, b], a <= b, to between 0.7 and 1.2 or so."""
   one, three, five = COEFFICIENTS
   x_nab = x_nab / (jnp.linalg.norm(x_nab, axis=(1, 2), keepdims=True) + 1e-8)
 
@@ -101,7 +101,7 @@ def _newton_schulz_on(mesh: Mesh | None, x_nab: jax.Array, steps: int) -> jax.Ar
 
 
 def _order(axes: str) -> list[int]:
-  """Axes that count matrices, then I, then O."""
+  """The order of axes: those that count matrices, then I, then O."""
   return sorted(range(len(axes)), key=lambda i: {"I": 1, "O": 2}.get(axes[i], 0))
 
 
@@ -113,7 +113,7 @@ def _sides(shape: tuple[int, ...], axes: str) -> tuple[int, int]:
 
 
 def _matrices(x: jax.Array, axes: str) -> jax.Array:
-  """[n, a, b], a <= b."""
+  """The matrices of an array, [n, a, b] with a <= b."""
   rows, columns = _sides(x.shape, axes)
   x_nio = x.transpose(_order(axes)).reshape(-1, rows, columns)
   return x_nio if rows <= columns else x_nio.swapaxes(1, 2)

@@ -38,7 +38,7 @@ def backbone_optimizer(
   adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
   decay = optax.add_decayed_weights(cfg.weight_decay)
   muon = scale_by_muon(_axes, cfg.newton_schulz_steps, cfg.momentum, mesh)
-  groups = {
+  groups: dict[Any, Any] = {
     "muon": optax.chain(muon, _scale_to_adam(), decay),
     "adam": optax.chain(adam, decay),
     "adam_no_decay": adam,
@@ -49,9 +49,9 @@ def backbone_optimizer(
 
 
 def at_step(state: Any, step: int) -> Any:
-  """A new state of `backbone_optimizer`, at the learning rate of that step of the schedule.
+  """Sets a new state of `backbone_optimizer` to the learning rate of that step of the schedule.
 
-  Moments know nothing yet, and their own counts, which correct them for that, stay zero.
+  Moments and their counts, which correct their bias, stay zero.
   """
   *moments, scheduled = state
   assert isinstance(scheduled, optax.ScaleByScheduleState), type(scheduled)
@@ -59,7 +59,7 @@ def at_step(state: Any, step: int) -> Any:
 
 
 def parameter_groups(params: Any) -> Any:
-  """The tree of "muon", "adam" or "adam_no_decay", one for each parameter."""
+  """Returns a tree of "muon", "adam" or "adam_no_decay", one for each parameter."""
   return jax.tree_util.tree_map_with_path(lambda path, x: param_rule(path, x).group, params)
 
 
@@ -68,7 +68,7 @@ def _axes(params: Any) -> Any:
 
 
 def _scale_to_adam() -> optax.GradientTransformation:
-  """From orthogonal matrices, whose entries have an RMS of 1 / sqrt(max(in, out)), to ADAM_RMS."""
+  """Scales orthogonal matrices, with entries of RMS 1 / sqrt(max(in, out)), to ADAM_RMS."""
 
   def scale(path: Any, update: jax.Array) -> jax.Array:
     rule = param_rule(path, update)

@@ -1,7 +1,7 @@
-"""Continuations of a prompt by running the whole window again for each token.
+"""Continuations of a prompt by a full forward pass for each token.
 
-The plain form: no cache, so what it says is what a full forward pass says. Ids are hashed on the
-host and rows looked up beside the model, like everywhere else.
+This is the plain form, without a cache. Ids are hashed on the host and rows are looked up beside
+the model.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,9 @@ from engram_jax.training.state import TrainSetup, TrainState
 
 
 def make_next_logits(setup: TrainSetup) -> Callable[..., jax.Array]:
-  """`logits_BV = f(params, biases, rows, tokens_BT, last_B)`, after the positions `last_B`.
+  """Returns jitted `f(params, biases, rows, tokens_BT, last_B) -> logits_BV`, float32.
+
+  Logits are those after positions `last_B`.
 
   rows: [B, T, J, C] of each memory, in the order of layers. A batch that the mesh's axes do not
   divide is filled up.
@@ -48,7 +50,7 @@ def complete(
   temperature: float = 0.0,
   seed: int = 0,
 ) -> list[str]:
-  """The text that follows each prompt; `generate` between encoding and decoding."""
+  """Continues texts: encodes each prompt, calls `generate`, and decodes the new tokens."""
   # As text was tokenised for training: with nothing put around it.
   batch = vocabulary.tokenizer.encode_batch(list(prompts), add_special_tokens=False)
   new = generate(
@@ -77,16 +79,16 @@ def generate(
   temperature: float = 0.0,
   seed: int = 0,
 ) -> list[list[int]]:
-  """New token ids for each prompt (token ids); temperature 0 is greedy.
+  """Generates token ids after each prompt of token ids; temperature 0 is greedy.
 
   A text ends at `end_id` (which is not returned) or after `max_new` tokens. Raises ConfigError
   for an empty prompt, an id outside the vocabulary or a negative temperature.
   """
   if any(len(p) == 0 for p in prompts):
     raise ConfigError("prompt: an empty prompt has nothing to continue; give at least one token")
-  ids = len(vocabulary.compressor.table)
-  for i in (i for prompt in prompts for i in prompt if not 0 <= i < ids):
-    raise ConfigError(f"prompt: token id {i} is outside the vocabulary: 0..{ids - 1}")
+  vocabulary_size = len(vocabulary.compressor.table)
+  for i in (i for prompt in prompts for i in prompt if not 0 <= i < vocabulary_size):
+    raise ConfigError(f"prompt: token id {i} is outside the vocabulary: 0..{vocabulary_size - 1}")
   if temperature < 0:
     raise ConfigError(f"temperature={temperature} must be 0 (greedy) or above")
   lengths = np.array([len(p) for p in prompts])
@@ -102,9 +104,7 @@ def generate(
     rows = tuple(setup.tables.lookup(state.tables, row_ids).values())
     last_B = jnp.asarray(ends - 1)
     logits_BV = next_logits(state.params, state.biases, rows, tokens_BT, last_B)
-    logits_BV = logits_BV[
-      :, : len(vocabulary.compressor.table)
-    ]  # the embedding may have ids to spare
+    logits_BV = logits_BV[:, :vocabulary_size]  # the embedding may have ids to spare
     chosen = np.asarray(_choose(logits_BV, temperature, jax.random.fold_in(key, i)))
     done |= chosen == end_id
     live = np.flatnonzero(~done)

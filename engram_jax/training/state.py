@@ -1,4 +1,4 @@
-"""Everything a training step reads and replaces, and how it is made from a config."""
+"""The state of training, and the static setup that a config makes: init, save and restore."""
 
 from typing import Any, NamedTuple
 
@@ -13,30 +13,30 @@ from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.mesh import batch_shards, platform, replicated
 from engram_jax.core.rules import state_shardings
 from engram_jax.core.schedule import learning_rate
-from engram_jax.memory.hashing import HashLayout
+from engram_jax.memory.hash_layout import HashLayout
 from engram_jax.model.lm import LM
 from engram_jax.model.params import param_shardings
 from engram_jax.model.router import RouterBias
 from engram_jax.tables.base import Tables
 from engram_jax.tables.row_checkpoint import stored_tables
-from engram_jax.tables.state import TableState
 from engram_jax.training.optimizer import backbone_optimizer
 
 
 class TrainState(NamedTuple):
-  """A pytree of all that a step changes.
+  """A pytree of everything that a step changes.
 
-  step: int32, the number of steps taken (also the next batch's number)
-  params, biases: pure nested dicts of the LM's nnx.Param and RouterBias arrays
-  tables: the memory tables and their optimizer's states
-  optimizer: the backbone optimizer's state
-  nonfinite_streak, nonfinite_total: int32, steps whose loss or gradients were not finite
+  Attributes:
+    step: int32, steps taken (also the number of the next batch).
+    params, biases: pure nested dicts of the LM's nnx.Param and RouterBias arrays.
+    tables: the memory tables and their optimizer's states; None in the part without them.
+    optimizer: state of the backbone optimizer.
+    nonfinite_streak, nonfinite_total: int32, steps whose loss or gradients were not finite.
   """
 
   step: jax.Array
   params: Any
   biases: Any
-  tables: TableState
+  tables: Any  # TableState, or None
   optimizer: Any
   nonfinite_streak: jax.Array
   nonfinite_total: jax.Array
@@ -47,7 +47,7 @@ _STORED = {"nonfinite_streak": "bad_in_row", "nonfinite_total": "bad_total"}
 
 
 class TrainSetup(NamedTuple):
-  """The static half of training: what a `TrainState` is transformed with."""
+  """The static half of training: config, graph, optimizers, tables, mesh and shardings."""
 
   config: Config
   graphdef: Any
@@ -68,28 +68,28 @@ class TrainSetup(NamedTuple):
     return 1 if self.mesh is None else batch_shards(self.mesh)
 
   def model(self, params: Any, biases: Any) -> LM:
-    """The LM with these parameters; for use inside jit."""
+    """Builds the LM with these parameters; for use inside jit."""
     return nnx.merge(self.graphdef, nnx.State(params), nnx.State(biases))
 
   def constrain(self, state: TrainState) -> TrainState:
-    """The state held where it belongs; for use inside jit."""
+    """Constrains a state to its shardings; for use inside jit."""
     if self.shardings is None:
       return state
-    # Without a mesh arrays have another type than what a step on one returns, and the step would be
-    # compiled once for each.
+    # Without a mesh arrays have another type than the outputs of a step on one, and the step would
+    # be compiled once for each.
     rest = jax.lax.with_sharding_constraint(state._replace(tables=None), self.shardings)
     return rest._replace(tables=self.tables.constrain(state.tables))
 
   @property
   def formats(self) -> Any:
-    """How the state lies on the mesh; None without one."""
+    """Shardings and layouts of the state on the mesh; None without one."""
     return self.shardings and self.shardings._replace(tables=self.tables.formats)
 
 
 def make_setup(
   cfg: Config, layout: HashLayout | None = None, mesh: Mesh | None = None
 ) -> TrainSetup:
-  """The setup of a config; makes no array.
+  """Makes the setup of a config, without any array.
 
   Args:
     layout: hash layout of the tables; None for a model without a memory.
@@ -107,42 +107,42 @@ def make_setup(
   return setup._replace(shardings=_shardings(mesh, shapes))
 
 
-def _shardings(mesh: Mesh, shapes: TrainState) -> TrainState:
-  """Parameters and their optimizer's state by rule, scalars everywhere."""
-  everywhere = replicated(mesh)
+def _shardings(mesh: Mesh, shapes: TrainState) -> Any:
+  """A state of shardings: parameters and their optimizer's by rule, scalars replicated."""
+  on_all: Any = replicated(mesh)
   params = param_shardings(shapes.params, mesh)
   return TrainState(
-    step=everywhere,
+    step=on_all,
     params=params,
-    biases=jax.tree.map(lambda _: everywhere, shapes.biases),
+    biases=jax.tree.map(lambda _: on_all, shapes.biases),
     tables=None,
     optimizer=state_shardings(shapes.optimizer, shapes.params, params, mesh),
-    nonfinite_streak=everywhere,
-    nonfinite_total=everywhere,
+    nonfinite_streak=on_all,
+    nonfinite_total=on_all,
   )
 
 
 def state_shapes(setup: TrainSetup) -> TrainState:
-  """The state as jax.ShapeDtypeStructs, on a mesh with their shardings; makes no array.
-
-  Tables are as they lie on devices."""
+  """The state as jax.ShapeDtypeStructs, on a mesh with their shardings; makes no array."""
   shapes = jax.eval_shape(lambda: _initial(setup, jnp.uint32(0)))
   if setup.shardings is not None:
-    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    shapes = jax.tree.map(place, shapes, setup.shardings)
+    shard = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    shapes = jax.tree.map(shard, shapes, setup.shardings)
   return shapes._replace(tables=setup.tables.shapes)
 
 
 def init_state(setup: TrainSetup) -> TrainState:
-  """The state before the first step, made where it lies. The same numbers on any mesh."""
+  """Makes the state before the first step, sharded; its numbers are equal on any mesh."""
   make = jax.jit(lambda seed: _initial(setup, seed), out_shardings=setup.shardings)
   state = make(jnp.uint32(setup.config.train.seed))
   return state._replace(tables=setup.tables.init(Tables.key(setup.config)))
 
 
 def with_layout(setup: TrainSetup, state: TrainState) -> TrainState:
-  """The state as the step wants it, given as any program or a checkpoint left it; used up, as by a
-  step. Only TPUs have a layout of their own for tables."""
+  """Puts a state of any program or checkpoint into the layouts that the step takes; donates it.
+
+  Only TPUs have a layout of their own for tables.
+  """
   if setup.mesh is None or platform(setup.mesh) != "tpu":
     return state
   return jax.jit(lambda state: state, out_shardings=setup.formats, donate_argnums=0)(state)
@@ -167,7 +167,7 @@ def _initial(setup: TrainSetup, seed: jax.Array) -> TrainState:
 
 
 def flush(setup: TrainSetup, state: TrainState) -> TrainState:
-  """The state with every row as its optimizer means it to be now; used up, as by a step."""
+  """Applies the pending updates of a lazy table optimizer to all rows; donates the state."""
   return state._replace(tables=setup.tables.flush(state.tables))
 
 
@@ -179,7 +179,7 @@ def save_state(
 
 
 def restore_state(checkpoints: Checkpoints, step: int, setup: TrainSetup) -> TrainState:
-  """The state of a step, saved under any placement and on any mesh.
+  """Restores the state of a step, saved under any placement and on any mesh.
 
   Raises StorageError as `Checkpoints.restore` does.
   """
@@ -190,7 +190,7 @@ def restore_state(checkpoints: Checkpoints, step: int, setup: TrainSetup) -> Tra
 
 
 def stored(state: TrainState) -> dict[str, Any]:
-  """The whole state under the names that checkpoints have."""
+  """The full state under the names that checkpoints have."""
   return stored_tables(state.tables) | _stored(state)
 
 

@@ -2,6 +2,8 @@
 
 Rows are gathered once per distinct id, so a table's gradient is as large as the batch's ids and the
 step's cost does not depend on the table's size. On a mesh this is one program for all devices.
+
+Local letter: L, memories.
 """
 
 import dataclasses
@@ -31,14 +33,14 @@ def global_norm(grads: Any, more_sq: jax.typing.ArrayLike = 0.0) -> jax.Array:
 
 
 def clip_scale(norm: jax.Array, limit: float) -> jax.Array:
-  """What to multiply gradients of this norm with to bring it to at most `limit`; 0 is no limit."""
+  """The factor that brings gradients of this norm to at most `limit`; a limit of 0 is none."""
   if limit == 0:
     return jnp.float32(1)
   return jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
 
 
 def where_tree(ok: jax.Array, new: Any, old: Any) -> Any:
-  """`new` where the bool scalar `ok` holds, else `old`, leaf by leaf; `old` stays bit-identical."""
+  """Selects `new` where the bool scalar `ok` holds, else `old`, leaf by leaf and bit for bit."""
   return jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
 
 
@@ -57,11 +59,11 @@ TPU_OPTIONS = {
 
 
 def make_train_step(setup: TrainSetup) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-  """`step(state, batch) -> (state, metrics)`, jitted; the state is donated.
+  """Returns `step(state, batch) -> (state, metrics)`, jitted; the state is donated.
 
-  batch: the pipeline's arrays, each [B, T] int32 or bool, and row_ids int32 [L, B, T, J], or what
-  `Tables.prefetch` made of them; on a mesh divided by batch. A loss or gradient that is not finite
-  leaves everything but the counters as it was.
+  batch: the pipeline's arrays, each [B, T] int32 or bool, and row_ids int32 [L, B, T, J], or the
+  result of `Tables.prefetch` for them; on a mesh divided by batch. A loss or gradient that is not
+  finite leaves everything but the counters unchanged.
   """
   on_tpu = platform(setup.mesh) == "tpu"
   options = {"compiler_options": TPU_OPTIONS, "out_shardings": (setup.formats, None)}
@@ -102,9 +104,11 @@ def train_step(setup: TrainSetup) -> Callable[[TrainState, Batch], tuple[TrainSt
 def loss_and_grads(
   setup: TrainSetup, state: TrainState, touched: Touched, batch: Batch
 ) -> tuple[Any, dict]:
-  """((d_params, d_rows), out): the mean loss per target token, summed over micro-batches."""
-  inputs = {k: batch[k] for k in ("tokens", "targets", "mask", "segments", "positions")}
-  inputs["inverses"] = touched.inverses
+  """Returns ((d_params, d_rows), out) of the mean loss per target token, over all micro-batches."""
+  inputs: dict[str, Any] = {
+    k: batch[k] for k in ("tokens", "targets", "mask", "segments", "positions")
+  }
+  inputs |= {"inverses": touched.inverses}
   tokens = jnp.maximum(batch["mask"].sum(), 1).astype(jnp.float32)
   grad = jax.value_and_grad(_loss, argnums=(0, 1), has_aux=True)
   run = lambda micro: grad(state.params, touched.rows, state.biases, micro, tokens, touched, setup)
@@ -126,7 +130,7 @@ def loss_and_grads(
 
 
 def _micro_batches(x: jax.Array, parts: int, shards: int) -> jax.Array:
-  """[B, ...] -> [parts, B / parts, ...]; every device cuts up what it has, so nothing travels."""
+  """Splits [B, ...] to [parts, B / parts, ...], each device its own part without communication."""
   cut = x.reshape(shards, parts, x.shape[0] // (shards * parts), *x.shape[1:])
   return cut.swapaxes(0, 1).reshape(parts, x.shape[0] // parts, *x.shape[1:])
 
@@ -159,7 +163,7 @@ def _loss(
 
 
 def update_router_biases(setup: TrainSetup, biases: Any, loads: tuple[jax.Array, ...]) -> Any:
-  """The routers' biases after one loss-free balancing move; loads come in the order of layers."""
+  """Moves the routers' biases by one step of loss-free balancing; loads are in order of layers."""
   leaves, tree = jax.tree.flatten(biases)
   move = setup.config.model.moe.bias_step
   return jax.tree.unflatten(
@@ -176,7 +180,7 @@ def metrics(
   row_grads: RowGrads,
   batch: Batch,
 ) -> dict:
-  """Scalars of the step just taken. Balance is the busiest expert's load over the mean load."""
+  """Scalars of the step just taken; balance is the busiest expert's load over the mean load."""
   values = {
     "loss": out["nll"],
     "grad_norm": norm,
@@ -190,7 +194,7 @@ def metrics(
     values[f"unique_rows/layer_{layer}"] = count / touched.inverses[layer].size
   if touched.mesh is not None:
     values["exchange_rounds"] = row_grads.rounds
-  if "stop" in batch:  # some process was told to stop: all learn it from the same step
+  if "stop" in batch:  # some process got a signal: all see it at the same step
     values["stop"] = batch["stop"].max()
   if out["load"]:
     values["expert_balance"] = jnp.stack([x.max() * x.shape[0] for x in out["load"]]).mean()

@@ -1,7 +1,7 @@
-"""A run that starts from another's weights: with the same memory, or with the first it is given.
+"""A warm start: a run that begins with another's weights, with the same memory or a new one.
 
-Parameters are kept per layer under names that a memory does not change, so a model trained without
-one goes on with one as it is: what the source has is taken, what only a memory brings stays as
+Parameters are stored per layer under names that a memory does not change, so a model trained
+without one continues with one: leaves of the source are taken, those of a new memory stay as
 initialised, and no key is renamed. Moments, step and data order start anew.
 """
 
@@ -15,7 +15,7 @@ from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.rules import path_name
 from engram_jax.core.run_directory import CHECKPOINTS
 from engram_jax.errors import ConfigError
-from engram_jax.memory.hashing import HashLayout
+from engram_jax.memory.hash_layout import HashLayout
 from engram_jax.memory.vocabulary import check_fingerprint
 from engram_jax.tables.saved_run import load_run
 from engram_jax.tables.state import TableState
@@ -30,14 +30,14 @@ from engram_jax.training.state import (
 
 
 class WarmStart(NamedTuple):
-  """Another run's newest sound step, to take weights from."""
+  """The newest valid step of another run, as the source of weights."""
 
   run: pathlib.Path
   step: int
   setup: TrainSetup
 
   def apply(self, state: TrainState) -> TrainState:
-    """`state`, just initialised, with the other run's parameters, biases and tables."""
+    """Replaces parameters, biases and tables of an initialised `state` by the other run's."""
     with Checkpoints(self.run / CHECKPOINTS, keep=None) as checkpoints:
       old = restore_state(checkpoints, self.step, self.setup)
     old = flush(self.setup, old)
@@ -55,10 +55,10 @@ def find_warm_start(
   fingerprint: dict[str, Any],
   log: Callable[[str], None],
 ) -> WarmStart:
-  """The run that `train.init_from` names, checked against the new run; reads no array.
+  """Opens the run that `train.init_from` names and checks it against the new run; reads no array.
 
-  The other run's tables may lie anywhere. Those of another dtype are rounded to the new run's,
-  which is said.
+  Any placement of the other run's tables will do. Those of another dtype are rounded to the new
+  run's, which is logged.
 
   Raises ConfigError for a folder that is no run or holds no sound checkpoint, another tokenizer,
   another memory than none or the same, a memory that would be lost, or other shapes.
@@ -116,7 +116,7 @@ def _check_shapes(run: str, old: TrainState, new: TrainState) -> None:
 
 
 def _with_tables(new: TableState, old: dict[int, jax.Array]) -> TableState:
-  """`new` with these tables in its own dtype; as it is where there are none."""
+  """Puts the tables of the other run, if it has any, into `new`, in the dtype of `new`."""
   if not old:
     return new
   dtypes = {n: new.tables[n].dtype for n in old}
@@ -127,7 +127,7 @@ def _with_tables(new: TableState, old: dict[int, jax.Array]) -> TableState:
 
 
 def _replace_leaves(new: Any, old: Any) -> Any:
-  """The tree `new` with the leaves that `old` has."""
+  """Replaces the leaves of the tree `new` that `old` has too."""
   found = _leaves(old)
   return jax.tree_util.tree_map_with_path(lambda path, x: found.get(path_name(path), x), new)
 

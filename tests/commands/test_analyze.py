@@ -21,8 +21,8 @@ def run(lab):
 
 def test_gates_are_written_as_json_a_page_and_a_picture(run, tmp_path, capsys):
   files = {"--html": tmp_path / "gates.html", "--png": tmp_path / "gates.png"}
-  words = ["gates", "--run", str(run), "--text", TEXT, "--json"]
-  assert main([*words, *(str(x) for pair in files.items() for x in pair)]) == 0
+  argv = ["gates", "--run", str(run), "--text", TEXT, "--json"]
+  assert main([*argv, *(str(x) for pair in files.items() for x in pair)]) == 0
   result = json.loads(capsys.readouterr().out)
   assert "".join(result["tokens"]) == TEXT
   gates = np.array(result["gates"]["1"])
@@ -40,16 +40,16 @@ def test_gates_follow_from_the_text_before_a_token(run):
 
 
 @pytest.mark.parametrize(
-  ("words", "message"),
+  ("argv", "message"),
   [
     (["--text", ""], "has no tokens"),
     (["--text", "x", "--layer", "0"], r"--layer 0 has no memory: give one of \[1\]"),
     (["--text", "x", "--png", "nowhere/x.png"], "there is no folder"),
   ],
 )
-def test_mistakes_are_one_line(run, words, message):
+def test_mistakes_are_one_line(run, argv, message):
   with pytest.raises(ConfigError, match=message):
-    main(["gates", "--run", str(run), *words])
+    main(["gates", "--run", str(run), *argv])
 
 
 def test_an_unknown_kind_leaves_with_2(capsys):

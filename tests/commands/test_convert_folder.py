@@ -1,4 +1,4 @@
-"""Runs out as safetensors and in again, bit for bit; memories copied out of released layouts."""
+"""Runs are exported as safetensors and imported bit for bit; released memories are copied."""
 
 import contextlib
 import functools
@@ -23,8 +23,8 @@ from miniatures import (
   write_folder,
 )
 
-from engram_jax import __main__ as command
-from engram_jax.commands import convert_import
+from engram_jax import __main__ as package
+from engram_jax.commands.convert_runs import check_export
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.run_directory import open_run
 from engram_jax.data.pipeline import prepare
@@ -36,28 +36,31 @@ from engram_jax.memory.codecs import decode, encode
 from engram_jax.memory.compress import TokenCompressor
 from engram_jax.training.state import flush, make_setup, restore_state
 
-# Rows that lag behind and are stored in two bytes: what an export must bring up to date first.
-WORDS = ("--train.optimizer.table", "adam_catch_up", "--model.engram.table_dtype", "bfloat16")
+# Rows that lag behind and are stored in two bytes: an export must bring them up to date first.
+OPTIONS = ("--train.optimizer.table", "adam_catch_up", "--model.engram.table_dtype", "bfloat16")
 INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture(scope="module")
 def run(lab):
   """The folder of a run whose last checkpoints are of steps 16 and 24."""
-  done = lab.training(lab.folder / "runs", *WORDS)
+  done = lab.training(lab.folder / "runs", *OPTIONS)
   assert done.code == 0, done.err
   return lab.folder / "runs" / "t"
 
 
 @pytest.fixture(scope="module")
-def say(lab):
-  return lambda *words: lab.run(command, *words)
+def command(lab):
+  """`python -m engram_jax ...` in this process."""
+  return lambda *argv: lab.run(package, *argv)
 
 
 @pytest.fixture(scope="module")
-def exported(lab, run, say):
+def exported(lab, run, command):
   folder = lab.folder / "exported"
-  done = say("convert", "export", "--run", run, "--to", folder, "--shard_bytes", 20_000, "--json")
+  done = command(
+    "convert", "export", "--run", run, "--to", folder, "--shard_bytes", 20_000, "--json"
+  )
   assert done.code == 0, done.err
   result = json.loads(done.out)
   assert (result["folder"], result["step"]) == (str(folder), 24)
@@ -65,15 +68,15 @@ def exported(lab, run, say):
 
 
 @pytest.fixture(scope="module")
-def imported(lab, exported, say):
+def imported(lab, exported, command):
   folder = lab.folder / "again" / "t"
-  done = say("convert", "import", "--from", exported, "--run", folder)
+  done = command("convert", "import", "--from", exported, "--run", folder)
   assert done.code == 0, done.err
   return folder
 
 
-def state_of(run: pathlib.Path):
-  """The newest state as eval.py reads it."""
+def load_state(run: pathlib.Path):
+  """Loads (state, hash layout) of step 24 as eval.py does."""
   cfg = open_run(run)
   layout = prepare(cfg, lambda _: None).vocabulary.layout
   setup = make_setup(cfg, layout)
@@ -87,8 +90,8 @@ def bits(tree) -> list[tuple[np.dtype, bytes]]:
 
 
 def test_parameters_and_tables_come_back_bit_for_bit(run, imported):
-  before, _ = state_of(run)
-  after, _ = state_of(imported)
+  before, _ = load_state(run)
+  after, _ = load_state(imported)
   assert jax.tree.structure(before.params) == jax.tree.structure(after.params)
   for part in ("params", "biases", "step"):
     assert bits(getattr(before, part)) == bits(getattr(after, part)), part
@@ -99,26 +102,26 @@ def test_parameters_and_tables_come_back_bit_for_bit(run, imported):
 
 
 def test_the_imported_run_evaluates_to_the_same_figures(lab, run, imported):
-  words = ("--json", "--tokens", "4")
-  there, here = (lab.evaluation(folder, *words) for folder in (run, imported))
-  assert there.code == here.code == 0, there.err + here.err
-  there, here = json.loads(there.out), json.loads(here.out)
-  assert there.pop("run") != here.pop("run")
-  assert there == here
+  argv = ("--json", "--tokens", "4")
+  before, after = (lab.evaluation(folder, *argv) for folder in (run, imported))
+  assert before.code == after.code == 0, before.err + after.err
+  before, after = json.loads(before.out), json.loads(after.out)
+  assert before.pop("run") != after.pop("run")
+  assert before == after
 
 
-def test_an_import_of_an_earlier_step_goes_on_training(lab, run, say, tmp_path):
-  assert say("convert", "export", "--run", run, "--to", tmp_path / "e", "--step", 16).code == 0
-  done = say("convert", "import", "--from", tmp_path / "e", "--run", tmp_path / "runs" / "t")
+def test_an_import_of_an_earlier_step_goes_on_training(lab, run, command, tmp_path):
+  assert command("convert", "export", "--run", run, "--to", tmp_path / "e", "--step", 16).code == 0
+  done = command("convert", "import", "--from", tmp_path / "e", "--run", tmp_path / "runs" / "t")
   assert done.code == 0, done.err
-  done = lab.training(tmp_path / "runs", *WORDS)
+  done = lab.training(tmp_path / "runs", *OPTIONS)
   assert done.code == 0, done.err
   assert "after step 16" in done.err
 
 
-def test_exporting_the_import_gives_the_same_bytes(exported, imported, say, tmp_path):
-  words = ("--run", imported, "--to", tmp_path / "e", "--shard_bytes", 20_000)
-  assert say("convert", "export", *words).code == 0
+def test_exporting_the_import_gives_the_same_bytes(exported, imported, command, tmp_path):
+  argv = ("--run", imported, "--to", tmp_path / "e", "--shard_bytes", 20_000)
+  assert command("convert", "export", *argv).code == 0
   names = {path.name for path in exported.iterdir()}
   assert {path.name for path in (tmp_path / "e").iterdir()} == names
   for name in names - {"config.json"}:
@@ -126,29 +129,29 @@ def test_exporting_the_import_gives_the_same_bytes(exported, imported, say, tmp_
   first, second = (
     json.loads((folder / "config.json").read_text()) for folder in (exported, tmp_path / "e")
   )
-  assert first["config"].pop("run") != second["config"].pop("run")  # another place
+  assert first["config"].pop("run") != second["config"].pop("run")  # it names the folder
   assert first == second
 
 
-def test_the_library_opens_the_files_and_finds_the_state(run, exported):
-  state, layout = state_of(run)
+def test_the_safetensors_library_reads_the_state_of_the_export(run, exported):
+  state, layout = load_state(run)
   weight_map = json.loads((exported / INDEX).read_text())["weight_map"]
   assert len(set(weight_map.values())) > 2
-  wanted = {
+  expected = {
     "params.blocks.1.engram.w_key": state.params["blocks"][1]["engram"]["w_key"],
     "params.head": state.params["head"],
     "biases.blocks.1.moe.bias": state.biases["blocks"][1]["moe"]["bias"],
     "tables.1.weight": state.tables.tables[1][: layout.rows[1]],
   }
-  for name, array in wanted.items():
+  for name, array in expected.items():
     with safetensors.safe_open(exported / weight_map[name], "np") as file:
       found = file.get_tensor(name)
     assert found.dtype == array.dtype
     np.testing.assert_array_equal(found, np.asarray(array), err_msg=name)
 
 
-def test_a_reader_of_the_export_says_what_the_run_says(run, exported):
-  state, layout = state_of(run)
+def test_a_reader_of_the_export_finds_what_the_run_holds(run, exported):
+  state, layout = load_state(run)
   with MemoryReader(exported) as reader:
     reading = reader.read("def f(x):")
     assert reader.memory.layout == layout
@@ -160,14 +163,14 @@ def test_a_reader_of_the_export_says_what_the_run_says(run, exported):
       np.testing.assert_array_equal(getattr(module, name)[...], array)
 
 
-def test_a_run_is_not_written_over(run, exported, say):
+def test_a_run_is_not_written_over(run, exported, command):
   before = sorted(path.name for path in exported.parent.iterdir())
-  for words in (
+  for argv in (
     ("export", "--run", run, "--to", exported),
     ("import", "--from", exported, "--run", run),
     ("memory", "--from", exported, "--to", exported),
   ):
-    done = say("convert", *words)
+    done = command("convert", *argv)
     assert done.code == 2
     assert "exists already" in done.err
   assert sorted(path.name for path in exported.parent.iterdir()) == before
@@ -190,7 +193,7 @@ def engram(**fields):
   return edit_config(lambda tree: tree["config"]["model"]["engram"].update(fields))
 
 
-def turn_multipliers(tree: dict) -> None:
+def reverse_multipliers(tree: dict) -> None:
   tree["meaning"]["hash_layout"]["multipliers"]["1"].reverse()
 
 
@@ -198,7 +201,7 @@ def shard_of(folder: pathlib.Path, name: str) -> pathlib.Path:
   return folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
 
 
-def cut(folder: pathlib.Path) -> None:
+def truncate_shard(folder: pathlib.Path) -> None:
   path = shard_of(folder, "tables.1.weight")
   path.write_bytes(path.read_bytes()[:-1])
 
@@ -213,10 +216,10 @@ def other_tokenizer(folder: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
-  ("damage", "code", "said"),
+  ("damage", "code", "message"),
   [
     (other_tokenizer, 2, "tokenizer_digest is"),
-    (cut, 5, "is truncated"),
+    (truncate_shard, 5, "is truncated"),
     (lambda f: shard_of(f, "params.head").unlink(), 5, "is missing"),
     (model(width=32), 2, "but the config asks for"),
     (
@@ -231,7 +234,7 @@ def other_tokenizer(folder: pathlib.Path) -> None:
       "hash_layout.heads is 2",
     ),
     (
-      edit_config(turn_multipliers),
+      edit_config(reverse_multipliers),
       2,
       "multipliers",
     ),
@@ -261,49 +264,49 @@ def other_tokenizer(folder: pathlib.Path) -> None:
     ),
   ],
 )
-def test_what_does_not_fit_is_refused_and_leaves_nothing(
-  exported, say, tmp_path, damage, code, said
+def test_exports_that_do_not_fit_are_refused_and_leave_nothing(
+  exported, command, tmp_path, damage, code, message
 ):
   copy = shutil.copytree(exported, tmp_path / "copy")
   damage(copy)
-  done = say("convert", "import", "--from", copy, "--run", tmp_path / "runs" / "t")
+  done = command("convert", "import", "--from", copy, "--run", tmp_path / "runs" / "t")
   assert done.code == code, done.err
-  assert said in done.err
+  assert message in done.err
   assert done.err.startswith("error: ")
   assert done.err.count("\n") == 1
-  left = list((tmp_path / "runs").iterdir()) if (tmp_path / "runs").exists() else []
-  assert left == []
+  remaining = list((tmp_path / "runs").iterdir()) if (tmp_path / "runs").exists() else []
+  assert remaining == []
 
 
-def places(tree, path=()):
-  """Of every value in nested dicts and lists."""
+def paths_in(tree, path=()):
+  """Yields the path of every value in nested dicts and lists."""
   yield path
   for key in tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
-    yield from places(tree[key], (*path, key))
+    yield from paths_in(tree[key], (*path, key))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_whatever_an_exports_config_becomes_it_fits_or_is_refused(exported, tmp_path_factory, data):
-  """One value exchanged for a hostile one."""
+def test_a_fuzzed_export_config_fits_or_is_refused(exported, tmp_path_factory, data):
+  """Exchanges one value for a hostile one."""
   folder = tmp_path_factory.mktemp("fuzz")
   for path in exported.iterdir():
     (folder / path.name).symlink_to(path)
   tree = {"all": json.loads((exported / "config.json").read_text())}
-  *above, last = ("all", *data.draw(st.sampled_from(list(places(tree["all"])))))
+  *above, last = ("all", *data.draw(st.sampled_from(list(paths_in(tree["all"])))))
   functools.reduce(operator.getitem, above, tree)[last] = data.draw(
     st.sampled_from([None, [], [1], {}, "x", -1, 0, True, 0.5, 10**12, 2**70, float("nan")])
   )
   (folder / "config.json").unlink()
   (folder / "config.json").write_text(json.dumps(tree["all"]))
   with contextlib.suppress(ConfigError, StorageError), Folder(folder) as opened:
-    convert_import.checked(opened, tmp_path_factory.getbasetemp() / "new" / "t")
+    check_export(opened, tmp_path_factory.getbasetemp() / "new" / "t")
 
 
-def test_a_damaged_run_is_not_exported(run, say, tmp_path):
+def test_a_damaged_run_is_not_exported(run, command, tmp_path):
   copy = shutil.copytree(run, tmp_path / "t")
   (copy / "tokenizer.json").write_text(tokenizer().to_str())
-  done = say("convert", "export", "--run", copy, "--to", tmp_path / "e")
+  done = command("convert", "export", "--run", copy, "--to", tmp_path / "e")
   assert done.code == 2
   assert "another tokenizer" in done.err
   shutil.copy(run / "tokenizer.json", copy / "tokenizer.json")
@@ -311,13 +314,28 @@ def test_a_damaged_run_is_not_exported(run, say, tmp_path):
     (copy / "checkpoints/step_00000024/state").rglob("*"), key=lambda p: p.stat().st_size
   )
   largest.write_bytes(largest.read_bytes()[:-1])
-  done = say("convert", "export", "--run", copy, "--to", tmp_path / "e", "--step", 24)
+  done = command("convert", "export", "--run", copy, "--to", tmp_path / "e", "--step", 24)
   assert done.code == 5, done.err
   assert sorted(path.name for path in tmp_path.iterdir()) == ["t"]
 
 
+def test_a_run_without_its_tokenizer_is_refused_with_the_name_of_the_file(run, command, tmp_path):
+  copy = shutil.copytree(run, tmp_path / "t")
+  (copy / "tokenizer.json").unlink()
+  for argv in (
+    ("convert", "export", "--run", copy, "--to", tmp_path / "e"),
+    ("convert", "table", "--run", copy, "--to", tmp_path / "t.engram"),
+    ("generate", "--run", copy, "--prompt", "x"),
+  ):
+    done = command(*argv)
+    assert done.code == 2
+    assert f"run {copy}: no tokenizer.json there" in done.err
+    assert done.err.count("\n") == 1
+  assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
 @pytest.mark.parametrize(
-  ("words", "said"),
+  ("argv", "message"),
   [
     (["export", "--to", "x"], "--run"),
     (["export", "--run", "nowhere", "--to", "x"], "no config.yaml"),
@@ -325,10 +343,10 @@ def test_a_damaged_run_is_not_exported(run, say, tmp_path):
     (["exprot"], "cannot convert to 'exprot'"),
   ],
 )
-def test_bad_words_leave_with_2(say, words, said):
-  done = say("convert", *words)
+def test_bad_options_leave_with_2(command, argv, message):
+  done = command("convert", *argv)
   assert done.code == 2
-  assert said in done.err + done.out
+  assert message in done.err + done.out
   assert not pathlib.Path("x").exists()
 
 
@@ -343,18 +361,20 @@ RELEASED = {
 }
 
 
-@pytest.mark.parametrize("which", RELEASED)
+@pytest.mark.parametrize("kind", RELEASED)
 @pytest.mark.parametrize("shard_bytes", [1, 30_000, 10**9])
-def test_a_released_memory_is_copied_byte_for_byte(say, tmp_path, which, shard_bytes):
-  config, tensors, belongs = RELEASED[which]
+def test_a_released_memory_is_copied_byte_for_byte(command, tmp_path, kind, shard_bytes):
+  config, tensors, belongs = RELEASED[kind]
   write_folder(tmp_path / "a", config, tensors, shards=3)
-  words = ("--from", tmp_path / "a", "--to", tmp_path / "b", "--shard_bytes", shard_bytes)
-  done = say("convert", "memory", *words)
+  argv = ("--from", tmp_path / "a", "--to", tmp_path / "b", "--shard_bytes", shard_bytes)
+  done = command("convert", "memory", *argv)
   assert done.code == 0, done.err
-  wanted = {name: tensor for name, tensor in tensors.items() if belongs(name)}
-  assert read_folder(tmp_path / "b") == wanted
+  expected = {name: tensor for name, tensor in tensors.items() if belongs(name)}
+  assert read_folder(tmp_path / "b") == expected
   for file in (tmp_path / "b").glob("*.safetensors"):
-    data = sum(len(wanted[n].data) for n, f in weight_map(tmp_path / "b").items() if f == file.name)
+    data = sum(
+      len(expected[n].data) for n, f in weight_map(tmp_path / "b").items() if f == file.name
+    )
     assert data <= shard_bytes or list(weight_map(tmp_path / "b").values()).count(file.name) == 1
   with MemoryReader(tmp_path / "a") as there, MemoryReader(tmp_path / "b") as here:
     for layer in there.layers:
@@ -362,13 +382,13 @@ def test_a_released_memory_is_copied_byte_for_byte(say, tmp_path, which, shard_b
       np.testing.assert_array_equal(there.rows(layer, ids), here.rows(layer, ids))
 
 
-@pytest.mark.parametrize("which", RELEASED)
+@pytest.mark.parametrize("kind", RELEASED)
 @pytest.mark.parametrize("dtype", ["f32", "fp8_e4m3"])
-def test_a_table_file_of_a_released_memory_has_its_rows(say, tmp_path, which, dtype):
-  config, tensors, _ = RELEASED[which]
+def test_a_table_file_of_a_released_memory_has_its_rows(command, tmp_path, kind, dtype):
+  config, tensors, _ = RELEASED[kind]
   write_folder(tmp_path / "a", config, tensors, shards=3)
-  words = ("--from", tmp_path / "a", "--to", tmp_path / "t.engram", "--dtype", dtype)
-  done = say("convert", "rows", *words)
+  argv = ("--from", tmp_path / "a", "--to", tmp_path / "t.engram", "--dtype", dtype)
+  done = command("convert", "rows", *argv)
   assert done.code == 0, done.err
   with MemoryReader(tmp_path / "a") as reader, FileRows(tmp_path / "t.engram") as store:
     store.verify()
@@ -376,19 +396,19 @@ def test_a_table_file_of_a_released_memory_has_its_rows(say, tmp_path, which, dt
     for layer in reader.layers:
       ids = np.arange(reader.memory.layout.rows[layer])
       rows = reader.rows(layer, ids)
-      in_turn = np.concatenate(list(reader.memory.tables[layer].blocks(7)))
-      np.testing.assert_array_equal(in_turn, rows)
-      if dtype == "fp8_e4m3" and which != "v41":  # whose rows are in that form already
+      by_blocks = np.concatenate(list(reader.memory.tables[layer].blocks(7)))
+      np.testing.assert_array_equal(by_blocks, rows)
+      if dtype == "fp8_e4m3" and kind != "v41":  # whose rows have that encoding already
         rows = decode(*encode(rows, dtype), dtype)
-      np.testing.assert_array_equal(store.layer(layer).fetch(ids), rows)
+      np.testing.assert_array_equal(store.fetch_layer(layer, ids), rows)
 
 
-def test_a_single_number_is_copied_too(say, tmp_path):
+def test_a_single_number_is_copied_too(command, tmp_path):
   config, tensors, _ = RELEASED["qwen_fp8"]
   name = next(name for name in tensors if name.endswith("weight_scale"))
   tensors = tensors | {name: tensors[name]._replace(shape=())}
   write_folder(tmp_path / "a", config, tensors, shards=1)
-  done = say("convert", "memory", "--from", tmp_path / "a", "--to", tmp_path / "b")
+  done = command("convert", "memory", "--from", tmp_path / "a", "--to", tmp_path / "b")
   assert done.code == 0, done.err
   assert read_folder(tmp_path / "b")[name] == tensors[name]
 
@@ -397,11 +417,11 @@ def weight_map(folder: pathlib.Path) -> dict[str, str]:
   return json.loads((folder / INDEX).read_text())["weight_map"]
 
 
-def test_inspect_prints_tokens_ids_and_norms(say, tmp_path):
+def test_inspect_prints_tokens_ids_and_norms(command, tmp_path):
   config, tensors, _ = RELEASED["v41"]
   write_folder(tmp_path / "a", config, tensors, shards=1)
-  words = ("inspect", "--checkpoint", tmp_path / "a", "--text", "The [/horse]")
-  done = say(*words, "--json")
+  argv = ("inspect", "--checkpoint", tmp_path / "a", "--text", "The [/horse]")
+  done = command(*argv, "--json")
   assert done.code == 0, done.err
   assert done.out.count("\n") == 1
   result = json.loads(done.out)
@@ -412,26 +432,28 @@ def test_inspect_prints_tokens_ids_and_norms(say, tmp_path):
     for layer in ("1", "3"):
       assert np.shape(result["row_ids"][layer]) == np.shape(result["row_norms"][layer]) == (T, J)
       rows = reader.rows(int(layer), np.array(result["row_ids"][layer]))
-      wanted = np.sqrt((rows.astype(np.float64) ** 2).sum(-1))
-      np.testing.assert_allclose(result["row_norms"][layer], wanted, rtol=1e-6)
+      expected = np.sqrt((rows.astype(np.float64) ** 2).sum(-1))
+      np.testing.assert_allclose(result["row_norms"][layer], expected, rtol=1e-6)
   assert all(int(m) % 2 for m in result["multipliers"]["1"])
-  plain = say(*words)
-  assert plain.code == 0, plain.err
-  assert "'he'" in plain.out or "'e'" in plain.out
-  assert f"{result['rows']['1']:,} rows" in plain.out
-  assert "row_ids" not in json.loads(say("inspect", "--checkpoint", tmp_path / "a", "--json").out)
-  assert say("inspect", "--checkpoint", tmp_path / "a", "--text", "").code == 2
+  text = command(*argv)
+  assert text.code == 0, text.err
+  assert "'he'" in text.out or "'e'" in text.out
+  assert f"{result['rows']['1']:,} rows" in text.out
+  assert "row_ids" not in json.loads(
+    command("inspect", "--checkpoint", tmp_path / "a", "--json").out
+  )
+  assert command("inspect", "--checkpoint", tmp_path / "a", "--text", "").code == 2
 
 
-def test_a_row_that_is_no_number_is_null_in_json(say, tmp_path):
+def test_the_norm_of_a_nan_row_is_null_in_json(command, tmp_path):
   config, tensors, _ = RELEASED["v41"]
   name = "layers.1.engram.embed.weight"
   nan = tensors[name]._replace(data=b"\x7f" * len(tensors[name].data))
   write_folder(tmp_path / "a", config, tensors | {name: nan}, shards=1)
-  words = ("inspect", "--checkpoint", tmp_path / "a", "--text", "horse")
-  result = json.loads(say(*words, "--json").out, parse_constant=pytest.fail)
+  argv = ("inspect", "--checkpoint", tmp_path / "a", "--text", "horse")
+  result = json.loads(command(*argv, "--json").out, parse_constant=pytest.fail)
   assert {norm for norms in result["row_norms"]["1"] for norm in norms} == {None}
-  assert "nan" in say(*words).out
+  assert "nan" in command(*argv).out
 
 
 def drop_byte(folder: pathlib.Path) -> None:
@@ -439,7 +461,7 @@ def drop_byte(folder: pathlib.Path) -> None:
   path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("words", [("inspect", "--checkpoint"), ("convert", "memory", "--from")])
+@pytest.mark.parametrize("argv", [("inspect", "--checkpoint"), ("convert", "memory", "--from")])
 @pytest.mark.parametrize(
   ("damage", "code"),
   [
@@ -449,17 +471,17 @@ def drop_byte(folder: pathlib.Path) -> None:
     (edit_config(lambda t: t["text_config"].update(engram_vocab_size=59)), 2),
   ],
 )
-def test_a_damaged_release_is_one_line_and_a_code(say, tmp_path, words, damage, code):
+def test_a_damaged_release_is_one_line_and_a_code(command, tmp_path, argv, damage, code):
   config, tensors, _ = RELEASED["v41"]
   write_folder(tmp_path / "a", config, tensors, shards=3)
   damage(tmp_path / "a")
-  more = ("--to", tmp_path / "b") if "memory" in words else ()
-  done = say(*words, tmp_path / "a", *more)
+  to = ("--to", tmp_path / "b") if "memory" in argv else ()
+  done = command(*argv, tmp_path / "a", *to)
   assert (done.code, done.out) == (code, "")
   assert done.err.startswith("error: ")
   assert done.err.count("\n") == 1
   assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_inspect_refuses_a_folder_that_is_no_checkpoint(say, tmp_path):
-  assert say("inspect", "--checkpoint", tmp_path).code == 2
+def test_inspect_refuses_a_folder_that_is_no_checkpoint(command, tmp_path):
+  assert command("inspect", "--checkpoint", tmp_path).code == 2

@@ -61,7 +61,7 @@ def test_tables_on_the_host_and_in_a_file_say_the_same(run, say, tmp_path):
     assert other["rows"]["rows"] > 0
     if "--device_cache_rows" in place:
       assert other["levels"]["device_cache"]["hits"] > 0
-  guessed = answers(say(*asked, "--guesses", 64))
+  guessed = answers(say(*asked, "--draft_tokens", 64))
   assert guessed["completions"] == device["completions"]
 
 
@@ -121,7 +121,7 @@ def test_prompts_from_the_terminal(run, say, monkeypatch):
     (("--prompt", "x", "--interactive"), "not both"),
     (("--prompt", ""), "is empty"),
     (("--prompt", "x", "--tokens", 0), "--tokens 0 must be at least 1"),
-    (("--prompt", "x", "--guesses", -1), "--guesses -1 must be at least 0"),
+    (("--prompt", "x", "--draft_tokens", -1), "--draft_tokens -1 must be at least 0"),
     (("--prompt", "x", "--temperature", -1), r"temperature=-1.0 must be 0 \(greedy\) or above"),
     (("--prompt", "x", "--top_p", 2), "top_p=2.0 must be above 0 and at most 1"),
     (("--prompt", "x", "--placement", "file"), "goes with --placement file"),
@@ -131,7 +131,7 @@ def test_prompts_from_the_terminal(run, say, monkeypatch):
     (("--prompt", "x", "--placement", "host", "--device_cache_rows", -5), "must be at least 0"),
     (("--prompt", "x", "--step", 99), "--step 99 is not saved"),
     (("--prompt", "x", "--tokens", 10**9), "--tokens 1000000000 must be .* at most 1048576"),
-    (("--prompt", "x", "--guesses", 10**9), "--guesses 1000000000 must be .* at most 64"),
+    (("--prompt", "x", "--guesses", 10**9), "--draft_tokens 1000000000 must be .* at most 64"),
     (("--prompt", "x\udcff"), r"--prompt 'x\\udcff' holds bytes that are no UTF-8"),
     (("--prompt", "x", "--stop", "\udcff"), "--stop .* holds bytes that are no UTF-8"),
     (("--prompt", "x", "--placement", "host", "--deadline", 0), "--deadline 0.0 must be above 0"),

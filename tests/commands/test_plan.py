@@ -18,40 +18,40 @@ from engram_jax.training.state import init_state, make_setup
 SMALL = {"model.width": 16, "model.vocab_size": 300, "train.batch_size": 1}
 
 
-def command(*args: str) -> subprocess.CompletedProcess:
+def run_plan(*argv: str) -> subprocess.CompletedProcess:
   return subprocess.run(
-    [sys.executable, "-m", "engram_jax", "plan", *args], capture_output=True, text=True
+    [sys.executable, "-m", "engram_jax", "plan", *argv], capture_output=True, text=True
   )
 
 
 def test_json_is_one_object_with_everything():
-  done = command("--config", "configs/moe_27b.yaml", "--json", "--train.steps", "3000")
+  done = run_plan("--config", "configs/moe_27b.yaml", "--json", "--train.steps", "3000")
   assert done.returncode == 0, done.stderr
   assert done.stderr == ""
-  found = json.loads(done.stdout)
+  result = json.loads(done.stdout)
   counts = count(load_config("configs/moe_27b.yaml").model)
-  assert found["parts"] == counts.parts
-  assert found["total_parameters"] == counts.total_parameters
-  assert found["active_parameters"] == counts.active_parameters
-  assert found["memory_parameters"] == 0
-  assert found["all_parameters"] == sum(found["parts"].values())
-  assert found["rows"] == {}
-  assert found["tokens_per_step"] == 1280 * 4096
-  assert found["training_tokens"] == 3000 * 1280 * 4096
-  assert found["training_flops_per_token"] == 3 * found["flops_per_token"]
-  assert found["training_flops"] == found["training_flops_per_token"] * found["training_tokens"]
-  assert found["bytes"].keys() == plan.BYTES.keys()
+  assert result["parts"] == counts.parts
+  assert result["total_parameters"] == counts.total_parameters
+  assert result["active_parameters"] == counts.active_parameters
+  assert result["memory_parameters"] == 0
+  assert result["all_parameters"] == sum(result["parts"].values())
+  assert result["rows"] == {}
+  assert result["tokens_per_step"] == 1280 * 4096
+  assert result["training_tokens"] == 3000 * 1280 * 4096
+  assert result["training_flops_per_token"] == 3 * result["flops_per_token"]
+  assert result["training_flops"] == result["training_flops_per_token"] * result["training_tokens"]
+  assert result["bytes"].keys() == plan.BYTES.keys()
 
 
 def test_an_unknown_key_leaves_with_code_2_and_the_nearest():
-  done = command("--config", "configs/moe_27b.yaml", "--model.engram.layrs", "1")
+  done = run_plan("--config", "configs/moe_27b.yaml", "--model.engram.layrs", "1")
   assert (done.returncode, done.stdout) == (2, "")
   assert "model.engram.layrs" in done.stderr
   assert "--model.engram.layers" in done.stderr
 
 
 def test_an_impossible_config_leaves_with_code_2():
-  done = command("--config", "configs/no_such.yaml", "--json")
+  done = run_plan("--config", "configs/no_such.yaml", "--json")
   assert (done.returncode, done.stdout) == (2, "")
   assert "configs/no_such.yaml: no such config file" in done.stderr
 
@@ -69,36 +69,40 @@ sys.exit("jax" in sys.modules)
 
 def test_tables_show_parts_sums_rows_and_bytes(capsys):
   assert plan.main(["--config", "configs/engram_27b.yaml"]) == 0
-  shown = capsys.readouterr().out
-  made = plan.make_plan(load_config("configs/engram_27b.yaml"))
-  numbers = [*made["parts"].values(), *made["rows"].values(), *(made[name] for name in plan.SUMS)]
-  assert [n for n in numbers if f"{n:,}" not in shown] == []
-  assert all(word in shown for name in plan.BYTES for word in name.split("_"))
+  output = capsys.readouterr().out
+  report = plan.make_plan(load_config("configs/engram_27b.yaml"))
+  numbers = [
+    *report["parts"].values(),
+    *report["rows"].values(),
+    *(report[name] for name in plan.SUMS),
+  ]
+  assert [n for n in numbers if f"{n:,}" not in output] == []
+  assert all(word in output for name in plan.BYTES for word in name.split("_"))
 
 
 def test_bytes_are_those_of_the_training_state():
   cfg = load_config("configs/tiny.yaml", SMALL)
   state = jax.eval_shape(lambda: init_state(make_setup(cfg, plan.table_layout(cfg.model))))
-  found = plan.make_plan(cfg)["bytes"]
+  sizes = plan.make_plan(cfg)["bytes"]
 
   def nbytes(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-  assert nbytes(state.params) == found["parameters"]
-  assert nbytes(state.tables.tables) == found["tables"]
+  assert nbytes(state.params) == sizes["parameters"]
+  assert nbytes(state.tables.tables) == sizes["tables"]
   # Optimizers keep a few counters besides.
-  assert 0 < nbytes(state.tables.optimizer) - found["table_optimizer"] < 64
-  assert 0 < nbytes(state.optimizer) - found["optimizer"] < 64
+  assert 0 < nbytes(state.tables.optimizer) - sizes["table_optimizer"] < 64
+  assert 0 < nbytes(state.optimizer) - sizes["optimizer"] < 64
 
 
 def test_touched_rows_are_no_more_than_looked_up_and_no_more_than_there_are():
   tiny = load_config("configs/tiny.yaml", SMALL)
-  few = load_config("configs/tiny.yaml", SMALL | {"model.engram.rows_per_head": 11})
+  small_tables = load_config("configs/tiny.yaml", SMALL | {"model.engram.rows_per_head": 11})
   engram = tiny.model.engram
   looked_up = len(engram.layers) * tiny.data.sequence_length * engram.hash_heads
   assert plan.make_plan(tiny)["bytes"]["table_gradients"] == 4 * looked_up * engram.row_width
-  rows = sum(plan.make_plan(few)["rows"].values())
-  assert plan.make_plan(few)["bytes"]["table_gradients"] == 4 * rows * engram.row_width
+  rows = sum(plan.make_plan(small_tables)["rows"].values())
+  assert plan.make_plan(small_tables)["bytes"]["table_gradients"] == 4 * rows * engram.row_width
 
 
 @pytest.mark.parametrize(
@@ -112,56 +116,58 @@ def test_touched_rows_are_no_more_than_looked_up_and_no_more_than_there_are():
   ],
 )
 def test_a_rows_bytes_follow_its_type_and_optimizer(optimizer, dtype, row):
-  chosen = {"model.engram.table_dtype": dtype, "train.optimizer.table": optimizer}
-  cfg = load_config("configs/tiny.yaml", SMALL | chosen | {"model.engram.row_width": 4})
-  made = plan.make_plan(cfg)
-  padded = sum(padded_rows(n) for n in made["rows"].values())
-  assert made["bytes"]["tables"] + made["bytes"]["table_optimizer"] == padded * row
+  overrides = {"model.engram.table_dtype": dtype, "train.optimizer.table": optimizer}
+  cfg = load_config("configs/tiny.yaml", SMALL | overrides | {"model.engram.row_width": 4})
+  report = plan.make_plan(cfg)
+  padded = sum(padded_rows(n) for n in report["rows"].values())
+  assert report["bytes"]["tables"] + report["bytes"]["table_optimizer"] == padded * row
 
 
-@pytest.mark.parametrize("place", ["host", "file"])
-def test_tables_off_the_device_are_the_hosts_bytes(place, capsys):
+@pytest.mark.parametrize("placement", ["host", "file"])
+def test_offloaded_tables_are_host_bytes(placement, capsys):
   on_device = plan.make_plan(load_config("configs/tiny.yaml", SMALL))
-  words = [f"--{name}={value}" for name, value in SMALL.items()]
-  assert plan.main([*words, "--json", f"--model.engram.placement={place}"]) == 0
-  off = json.loads(capsys.readouterr().out)
+  argv = [f"--{name}={value}" for name, value in SMALL.items()]
+  assert plan.main([*argv, "--json", f"--model.engram.placement={placement}"]) == 0
+  offloaded = json.loads(capsys.readouterr().out)
   assert on_device["host_bytes"] == {}
   moved = ("tables", "table_optimizer")
-  assert off["host_bytes"] == {k: on_device["bytes"][k] for k in moved} | {
+  assert offloaded["host_bytes"] == {k: on_device["bytes"][k] for k in moved} | {
     "total": sum(on_device["bytes"][k] for k in moved)
   }
-  for name, size in off["bytes"].items():
+  for name, size in offloaded["bytes"].items():
     if name in (*moved, "total"):
       assert size < on_device["bytes"][name]
     else:
       assert size == on_device["bytes"][name]
-  # What a step holds of a table is as many rows as it has gradients for.
-  assert off["bytes"]["tables"] == off["bytes"]["table_gradients"]
-  assert off["bytes"]["total"] == sum(n for k, n in off["bytes"].items() if k != "total")
-  assert plan.main([*words, f"--model.engram.placement={place}"]) == 0
+  # A step holds as many rows of a table as it has gradients for.
+  assert offloaded["bytes"]["tables"] == offloaded["bytes"]["table_gradients"]
+  assert offloaded["bytes"]["total"] == sum(
+    n for k, n in offloaded["bytes"].items() if k != "total"
+  )
+  assert plan.main([*argv, f"--model.engram.placement={placement}"]) == 0
   assert "on their host" in capsys.readouterr().out
 
 
 def test_a_topology_divides_the_state():
   cfg = load_config("configs/engram_27b.yaml", {"mesh.data": 2, "mesh.fsdp": 0})
   sizes = plan.make_plan(cfg)["bytes"]
-  found = plan.divided_plan(cfg, topology("v5p:4x4x8"), sizes)
-  assert found["mesh"] == {"data": 2, "fsdp": 64, "expert": 1, "tensor": 1}
-  assert found["bytes_per_device"]["tables"] == -(-sizes["tables"] // 128)
-  assert found["bytes_per_device"]["parameters"] == -(-sizes["parameters"] // 64)
-  assert (found["devices"], "fits" in found) == (128, False)
+  divided = plan.divided_plan(cfg, topology("v5p:4x4x8"), sizes)
+  assert divided["mesh"] == {"data": 2, "fsdp": 64, "expert": 1, "tensor": 1}
+  assert divided["bytes_per_device"]["tables"] == -(-sizes["tables"] // 128)
+  assert divided["bytes_per_device"]["parameters"] == -(-sizes["parameters"] // 64)
+  assert (divided["devices"], "fits" in divided) == (128, False)
 
 
 def test_mistakes_about_topologies_leave_with_code_2_before_compiling():
   engram = ("--config", "configs/engram_27b.yaml", "--compile")
-  for words, message in (
+  for argv, message in (
     ((), "--compile needs --topology"),
     (("--topology", "v5p:banana"), "'v5p:banana' is none of the known ones: v4:{2x2x1,"),
     (("--topology", "v5p:4x4x4", "--mesh.fsdp", "3"), "mesh.fsdp=3"),
     (("--topology", "v5p:4x4x4", "--train.batch_size", "100"), "batch_size"),
     (("--topology", "v5p:4x4x4", "--effort", "fast"), "'fast' is none of O0, O1, O2, O3"),
   ):
-    done = command(*engram, *words)
+    done = run_plan(*engram, *argv)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert message in done.stderr
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from engram_jax import __main__ as package
-from engram_jax.commands.serve import API_KEY, Args, check, is_loopback, read_template
+from engram_jax.commands.serve import API_KEY, ServeArgs, check, is_loopback, read_template
 from engram_jax.errors import ConfigError
 
 PROMPT = "def insort("
@@ -90,15 +90,15 @@ def test_mistakes_are_told_with_code_2(lab, run, monkeypatch, words, message):
 
 
 def test_a_server_does_not_wait_for_rows_for_ever(tmp_path):
-  assert Args(tmp_path).rows.deadline == 30
-  Args(tmp_path).rows.check(memory=False)  # nobody asked for a place
+  assert ServeArgs(tmp_path).rows.deadline == 30
+  ServeArgs(tmp_path).rows.check(memory=False)  # nobody asked for a place
 
 
 def test_a_key_opens_other_addresses(tmp_path):
-  check(Args(tmp_path, host="0.0.0.0"), "a-key")
+  check(ServeArgs(tmp_path, host="0.0.0.0"), "a-key")
   for host in ("127.0.0.1", "127.8.9.10", "::1", "[::1]", "localhost"):
     assert is_loopback(host)
-    check(Args(tmp_path, host=host), None)
+    check(ServeArgs(tmp_path, host=host), None)
   for host in ("0.0.0.0", "192.168.0.1", "::", "localhost.example.org", ""):
     assert not is_loopback(host)
 
@@ -106,7 +106,7 @@ def test_a_key_opens_other_addresses(tmp_path):
 def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch):
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   with pytest.raises(ConfigError, match=r"pip install 'engram_jax\[serve\]'"):
-    check(Args(tmp_path), None)
+    check(ServeArgs(tmp_path), None)
 
 
 @pytest.mark.parametrize(

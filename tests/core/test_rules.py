@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from engram_jax.config import Config, EngramConfig, ModelConfig
 from engram_jax.core.mesh import AXES, batch_sharding, batch_shards
-from engram_jax.core.rules import Rule, shardings, state_shardings
+from engram_jax.core.rules import ShardingRule, shardings, state_shardings
 from engram_jax.model.lm import LM
 from engram_jax.model.params import param_shardings
 from engram_jax.training.optimizer import backbone_optimizer
@@ -62,7 +62,7 @@ def test_every_large_parameter_is_divided_by_fsdp(params):
 
 
 def test_axes_that_do_not_divide_stay_whole():
-  rules = (Rule("w", "tf ."), Rule("mix", ". . f"))
+  rules = (ShardingRule("w", "tf ."), ShardingRule("mix", ". . f"))
   tree = {"w": array(6, 5), "mix": array(24, 4, 10)}
   assert specs(shardings(tree, rules, mesh(fsdp=4, tensor=2))) == {
     "w": P("tensor", None),
@@ -72,23 +72,23 @@ def test_axes_that_do_not_divide_stay_whole():
 
 def test_what_no_rule_names_is_refused():
   with pytest.raises(ValueError, match=r"no rule names parameter 'a/odd' of shape \(2,\)"):
-    shardings({"a": {"odd": array(2)}}, (Rule("w", "f"),), mesh())
+    shardings({"a": {"odd": array(2)}}, (ShardingRule("w", "f"),), mesh())
 
 
 def test_a_rule_for_another_number_of_axes_is_refused():
   with pytest.raises(ValueError, match=r"'w' of shape \(2, 3\) has 2 axes, but .* reads 'f'"):
-    shardings({"w": array(2, 3)}, (Rule("w", "f"),), mesh())
+    shardings({"w": array(2, 3)}, (ShardingRule("w", "f"),), mesh())
 
 
 @pytest.mark.parametrize("axes", ["f f", "tf t", ". ff"])
 def test_a_mesh_axis_named_twice_is_refused(axes):
   with pytest.raises(ValueError, match=r"names mesh axis '(fsdp|tensor)' twice"):
-    shardings({}, (Rule("w", axes),), mesh())
+    shardings({}, (ShardingRule("w", axes),), mesh())
 
 
 def test_an_unknown_letter_is_refused():
   with pytest.raises(ValueError, match=r"has letter 'x' in '\. x': the letters are f, t, e"):
-    shardings({}, (Rule("w", ". x"),), mesh())
+    shardings({}, (ShardingRule("w", ". x"),), mesh())
 
 
 def test_optimizer_states_lie_as_their_parameters(params):

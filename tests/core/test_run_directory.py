@@ -48,8 +48,8 @@ def test_what_another_process_made_of_the_folder_meanwhile_is_seen(tmp_path):
   assert not check_config(mine)
   assert not check_config(other)
   with RunDirectory(other, "{}") as first:
-    assert not first.known
+    assert not first.is_existing
   with pytest.raises(ConfigError, match=r"train.seed: 1 there, 0 now"):
     RunDirectory(mine, "{}")
   with RunDirectory(other, "{}") as second:
-    assert second.known
+    assert second.is_existing

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from hosts import ended, free_port, spawn, together
+from hosts import free_port, run_processes, spawn_processes, wait_for_all
 
 from engram_jax.config import DistributedConfig
 from engram_jax.core import rendezvous as roll_call_module
@@ -18,7 +18,7 @@ from engram_jax.errors import ConfigError
 MEET = """
 def body():
   from engram_jax.core.mesh import batch_sharding
-  from engram_jax.core.mesh import process_rows, to_global
+  from engram_jax.core.mesh import process_indices, to_global
   from engram_jax.errors import StorageError
 
   mesh = make_mesh({"data": 4, "tensor": 2})
@@ -33,7 +33,7 @@ def body():
   except StorageError as error:
     print(error)
 
-  rows = process_rows(batch_sharding(mesh), 8)
+  rows = process_indices(batch_sharding(mesh), 8)
   whole = {"tokens": np.arange(8 * 3).reshape(8, 3), "row_ids": np.arange(48).reshape(2, 8, 3, 1)}
   local = {"tokens": whole["tokens"][rows], "row_ids": whole["row_ids"][:, rows]}
   batch = to_global(local, mesh, 8)
@@ -50,7 +50,7 @@ def body():
 
 
 def test_processes_meet_and_share_a_batch():
-  first, second = together(MEET)
+  first, second = run_processes(MEET)
   assert first[0] == "2 8 True"
   assert second[0] == "2 8 False"
   assert first[1] == second[1] == "{'pid': 0}"
@@ -72,8 +72,8 @@ def test_processes_meet_and_share_a_batch():
 )
 def test_a_missing_process_is_named_within_the_timeout(processes, started, missing):
   begin = time.monotonic()
-  running = spawn("def body(): pass", processes=processes, started=started, timeout=4)
-  for result in ended(running):
+  running = spawn_processes("def body(): pass", processes=processes, process_ids=started, timeout=4)
+  for result in wait_for_all(running):
     assert result.code == 2
     assert "error: distributed.coordinator='127.0.0.1:" in result.err
     assert missing in result.err
@@ -82,7 +82,9 @@ def test_a_missing_process_is_named_within_the_timeout(processes, started, missi
 
 
 def test_numbers_that_do_not_fit_are_refused_in_every_process():
-  for result in ended(spawn("def body(): pass", processes=3, started=[0, 1, 1], timeout=20)):
+  for result in wait_for_all(
+    spawn_processes("def body(): pass", processes=3, process_ids=[0, 1, 1], timeout=20)
+  ):
     assert result.code == 2
     assert "two processes were started with distributed.process=1" in result.err
 
@@ -107,12 +109,12 @@ def body():
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step():
-  running = spawn(STOP)
+  running = spawn_processes(STOP)
   for process in running:
     while process.stdout.readline() not in ("ready\n", ""):
       pass
   running[1].send_signal(signal.SIGTERM)
-  (first, name), (second, other) = (result.out[0].split() for result in ended(running))
+  (first, name), (second, other) = (result.out[0].split() for result in wait_for_all(running))
   assert first == second
   assert (name, other) == ("None", "SIGTERM")
 
@@ -284,7 +286,7 @@ def body():
   ("writers", "readers"), [(2, 1), (1, 2), pytest.param(2, 4, marks=pytest.mark.slow)]
 )
 def test_saved_by_some_processes_and_restored_by_others(tmp_path, writers, readers):
-  said = together(SAVE, tmp_path, processes=writers, devices=8 // writers)
+  said = run_processes(SAVE, tmp_path, processes=writers, devices=8 // writers)
   assert len(said) == writers
   for lines in said:
     assert lines[0] == "[2, 3] 3 {'number': 3}"
@@ -293,7 +295,7 @@ def test_saved_by_some_processes_and_restored_by_others(tmp_path, writers, reade
     expected = "leaf x is on this process's devices alone: spread it over the mesh"
     assert lines[3:] == ([expected] if writers > 1 else [])
   assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
-  for lines in together(RESTORE, tmp_path, processes=readers, devices=8 // readers):
+  for lines in run_processes(RESTORE, tmp_path, processes=readers, devices=8 // readers):
     assert lines == ["3", "True True"]
 
 
@@ -336,7 +338,7 @@ def body():
 
 
 def test_what_goes_wrong_in_process_0_is_raised_in_all(tmp_path):
-  first, second = together(TROUBLE, tmp_path)
+  first, second = run_processes(TROUBLE, tmp_path)
   assert "No space left" in first[0]
   assert second[0] == f"process 0: {first[0]}"
   assert first[1] == second[1] == "[1]"
@@ -356,7 +358,7 @@ def body():
     checkpoints.steps()
 """
   begin = time.monotonic()
-  first, second = ended(spawn(body, [tmp_path], timeout=10))
+  first, second = wait_for_all(spawn_processes(body, [tmp_path], timeout=10))
   assert "only here" in second.err
   assert first.code != 0
   assert second.code != 0
@@ -384,7 +386,7 @@ def body():
 
 
 def test_process_0_alone_writes_the_run_folder(tmp_path):
-  assert together(RUN, tmp_path) == [["False True True"]] * 2
+  assert run_processes(RUN, tmp_path) == [["False True True"]] * 2
   assert (tmp_path / "tiny" / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
   assert len(list((tmp_path / "tiny" / "tensorboard").iterdir())) == 1
 
@@ -421,7 +423,7 @@ def test_no_process_ever_holds_a_whole_table(tmp_path, writers):
   Also where one device wrote it. Measured: 280 MiB more for a save, 263 for a restore.
   """
   devices = 2 if writers == 4 else 1
-  saved = together(LARGE, tmp_path, "save", processes=writers, devices=devices)
-  restored = together(LARGE, tmp_path, "restore", processes=4, devices=2)
+  saved = run_processes(LARGE, tmp_path, "save", processes=writers, devices=devices)
+  restored = run_processes(LARGE, tmp_path, "restore", processes=4, devices=2)
   for (grown,) in [*restored, *(saved if writers == 4 else [])]:
     assert 100 < int(grown) < 400

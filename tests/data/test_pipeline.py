@@ -1,5 +1,5 @@
-"""Batches: a function of the step alone, every token once an epoch, rows equal to the hash of each
-window, nothing across documents that should not be."""
+"""Batches: a function of the step alone, every token once an epoch, row ids equal to the hash of
+each example, and nothing across documents that should not be."""
 
 import ast
 import contextlib
@@ -18,7 +18,7 @@ from engram_jax.config import Config, load_config
 from engram_jax.data import pipeline as data_pipeline
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.packing import PackedExamples
-from engram_jax.data.pipeline import Pipeline, Prepared, prepare
+from engram_jax.data.pipeline import Pipeline, PreparedData, prepare
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.memory.hashing import hash_ids_numpy
 
@@ -55,13 +55,13 @@ def config(folder: pathlib.Path, **overrides) -> Config:
   return load_config(None, settings | overrides)
 
 
-def quiet(cfg: Config) -> Prepared:
+def prepare_quietly(cfg: Config) -> PreparedData:
   return prepare(cfg, log=lambda line: None)
 
 
 @pytest.fixture(scope="module")
-def data(folder) -> Prepared:
-  return quiet(config(folder))
+def data(folder) -> PreparedData:
+  return prepare_quietly(config(folder))
 
 
 def assert_equal(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
@@ -76,10 +76,10 @@ def tiny_corpus(*documents: list[int]) -> Corpus:
   return Corpus(pathlib.Path("none"), tokens, offsets, np.arange(len(documents), dtype=np.int32))
 
 
-def test_a_window_by_hand():
+def test_an_example_by_hand():
   corpus = tiny_corpus([5, 6, 0], [7, 0], [8, 9, 4, 3, 0])
-  examples = PackedExamples(corpus, length=4, row_ids=None)
-  assert (len(examples), examples.with_tail) == (2, 3)
+  examples = PackedExamples(corpus, sequence_length=4, row_id_encoder=None)
+  assert (len(examples), examples.count_with_tail) == (2, 3)
   batch = examples(np.array([0, 1, 2]))
   expected = {
     "tokens": [[5, 6, 0, 7], [0, 8, 9, 4], [3, 0, 0, 0]],
@@ -101,13 +101,13 @@ def test_corpus_holds_every_document_once_and_ends_each(data, folder):
   }
   found = []
   for corpus in (data.training, data.validation):
-    for i in range(corpus.documents):
+    for i in range(corpus.document_count):
       ids = corpus.tokens[corpus.offsets[i] : corpus.offsets[i + 1]].tolist()
       assert ids.count(data.end_id) == 1
       assert ids[-1] == data.end_id
       found.append(data.vocabulary.tokenizer.decode(ids))
   assert sorted(found) == sorted(texts)
-  assert data.sources == ("books", "web")
+  assert data.source_names == ("books", "web")
   assert data.training.tokens.dtype == np.uint16
   total = (
     data.token_bytes[data.training.tokens].sum() + data.token_bytes[data.validation.tokens].sum()
@@ -115,55 +115,56 @@ def test_corpus_holds_every_document_once_and_ends_each(data, folder):
   assert total == sum(len(text.encode()) for text in texts)
 
 
-def test_rows_are_the_hash_of_each_window_alone(data):
+def test_row_ids_are_the_hash_of_each_example_alone(data):
   batch = data.training_pipeline().batch_at(3)
   for b in range(4):
     ids_BT = data.vocabulary.compressor(batch["tokens"][b : b + 1])
-    for at, layer in enumerate((1, 2)):
+    for i, layer in enumerate((1, 2)):
       hashed = hash_ids_numpy(data.vocabulary.layout, layer, ids_BT, batch["segments"][b : b + 1])
       rows = hashed + np.array(data.vocabulary.layout.offsets[layer])
-      np.testing.assert_array_equal(batch["row_ids"][at, b : b + 1], rows)
+      np.testing.assert_array_equal(batch["row_ids"][i, b : b + 1], rows)
   assert batch["row_ids"].shape == (2, 4, 16, 4)
   assert batch["row_ids"].dtype == np.int32
   assert all(
-    batch["row_ids"][at].max() < data.vocabulary.layout.rows[layer]
-    for at, layer in enumerate((1, 2))
+    batch["row_ids"][i].max() < data.vocabulary.layout.rows[layer] for i, layer in enumerate((1, 2))
   )
 
 
-def test_rows_cross_documents_only_when_told_to(data, folder):
-  across = quiet(config(folder, **{"model.engram.reset_at_documents": False}))
-  assert across.vocabulary.layout == data.vocabulary.layout
-  inside, over = (d.training_pipeline().batch_at(0) for d in (data, across))
+def test_row_ids_cross_documents_only_with_reset_at_documents_off(data, folder):
+  crossing = prepare_quietly(config(folder, **{"model.engram.reset_at_documents": False}))
+  assert crossing.vocabulary.layout == data.vocabulary.layout
+  separate, joined = (d.training_pipeline().batch_at(0) for d in (data, crossing))
   for name in NAMES:
-    np.testing.assert_array_equal(inside[name], over[name])
-  differs = (inside["row_ids"] != over["row_ids"]).any(axis=(0, 3))
-  near_start = (inside["segments"] > 0) & (inside["positions"] < 2)
+    np.testing.assert_array_equal(separate[name], joined[name])
+  differs = (separate["row_ids"] != joined["row_ids"]).any(axis=(0, 3))
+  near_start = (separate["segments"] > 0) & (separate["positions"] < 2)
   assert differs.any()
   assert not (differs & ~near_start).any()
 
 
 def test_without_a_memory_there_are_no_rows(folder):
-  data = quiet(config(folder, **{"model.engram.layers": []}))
+  data = prepare_quietly(config(folder, **{"model.engram.layers": []}))
   assert data.vocabulary.layout is None
   assert data.training_pipeline().batch_at(0).keys() == set(NAMES)
 
 
 def test_qwen_dialect_hashes_raw_ids(folder):
-  data = quiet(config(folder, **{"model.engram.dialect": "qwen_ple", "model.engram.pad_id": 0}))
+  data = prepare_quietly(
+    config(folder, **{"model.engram.dialect": "qwen_ple", "model.engram.pad_id": 0})
+  )
   np.testing.assert_array_equal(data.vocabulary.compressor.table, np.arange(320))
   assert (data.vocabulary.layout.compressed_vocab, data.vocabulary.layout.pad_id) == (320, 0)
 
 
 def test_resuming_repeats_and_skips_nothing(data):
   pipeline = data.training_pipeline()
-  start = 3 * pipeline.steps - 2
+  start = 3 * pipeline.steps_per_epoch - 2
   with contextlib.closing(pipeline.iterate(start)) as batches:
     for step in range(start, start + 6):
       assert_equal(next(batches), pipeline.batch_at(step))
 
 
-def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(data):
+def test_an_epoch_shows_every_example_once_and_the_next_in_another_order(data):
   examples = data.training_pipeline().examples
   pipeline = Pipeline(examples, batch_size=1, seed=0)
   in_order = examples(np.arange(len(examples)))["tokens"]
@@ -173,8 +174,8 @@ def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(data):
     )
     for epoch in range(2)
   ]
-  for shown in epochs:
-    assert sorted(map(tuple, shown)) == sorted(map(tuple, in_order))
+  for tokens in epochs:
+    assert sorted(map(tuple, tokens)) == sorted(map(tuple, in_order))
   assert (epochs[0] != epochs[1]).any(axis=1).mean() > 0.9
 
 
@@ -214,8 +215,8 @@ def test_slices_of_a_batch_are_its_rows(data, slices):
   for rows in (rows if isinstance(rows, slice) else np.array(rows) for rows in slices):
     with contextlib.closing(pipeline.iterate(5, rows)) as batches:
       for step in (5, 6):
-        whole, part = pipeline.batch_at(step), next(batches)
-        expected = {k: x[:, rows] if k == "row_ids" else x[rows] for k, x in whole.items()}
+        full, part = pipeline.batch_at(step), next(batches)
+        expected = {k: x[:, rows] if k == "row_ids" else x[rows] for k, x in full.items()}
         assert_equal(part, expected)
         assert_equal(pipeline.batch_at(step, rows), expected)
 
@@ -243,7 +244,7 @@ def test_closing_leaves_no_thread(data):
 def test_validation_shows_every_target_once(data):
   pipeline = data.validation_pipeline()
   batches = list(pipeline.iterate())
-  assert len(batches) == pipeline.steps
+  assert len(batches) == pipeline.steps_per_epoch
   tokens, offsets = data.validation.tokens, data.validation.offsets
   targets = np.concatenate([batch["targets"][batch["mask"]] for batch in batches])
   first_of_each = np.delete(np.arange(len(tokens)), offsets[:-1])
@@ -256,7 +257,7 @@ def test_a_second_start_reads_the_cache_alone(data, folder, monkeypatch):
     raise AssertionError("the corpus was read again")
 
   monkeypatch.setattr(data_pipeline.sources.files, "read_files", fail)
-  again = quiet(config(folder))
+  again = prepare_quietly(config(folder))
   assert again.vocabulary.tokenizer_digest == data.vocabulary.tokenizer_digest
   assert_equal(again.training_pipeline().batch_at(0), data.training_pipeline().batch_at(0))
   corpora = list((folder.parent / "cache" / "corpora").iterdir())
@@ -288,19 +289,19 @@ def test_processes_that_fill_one_cache_at_once_get_the_same_data(folder, tmp_pat
   for process in processes:
     process.stdin.write("\n")
     process.stdin.flush()
-  said = [process.communicate()[0] for process in processes]
-  assert len(set(said)) == 1
+  outputs = [process.communicate()[0] for process in processes]
+  assert len(set(outputs)) == 1
   assert [process.returncode for process in processes] == [0] * 3
   assert not [path for path in (tmp_path / "cache").rglob("*") if ".part-" in path.name]
 
 
-def test_the_order_of_files_and_lines_plays_no_part(data, folder, tmp_path):
+def test_the_order_of_files_and_lines_changes_nothing(data, folder, tmp_path):
   lines = (folder / "web.jsonl").read_text().splitlines()
   copy = tmp_path / "copy"
   copy.mkdir()
   (copy / "a.jsonl").write_text("\n".join(reversed(lines)))
   (copy / "b.jsonl").write_text((folder / "books.jsonl").read_text())
-  other = quiet(config(copy))
+  other = prepare_quietly(config(copy))
   assert other.vocabulary.tokenizer_digest == data.vocabulary.tokenizer_digest
   np.testing.assert_array_equal(other.training.tokens, data.training.tokens)
 
@@ -314,15 +315,15 @@ def test_corpus_pickles_as_its_path(data):
 
 
 def test_a_damaged_token_file_is_named(folder, tmp_path):
-  data = quiet(config(folder, **{"data.cache": str(tmp_path)}))
+  data = prepare_quietly(config(folder, **{"data.cache": str(tmp_path)}))
   path = data.training.path / "tokens.npy"
   path.write_bytes(path.read_bytes()[:-10])
   with pytest.raises(StorageError, match=r"damaged token file.*delete"):
-    quiet(config(folder, **{"data.cache": str(tmp_path)}))
+    prepare_quietly(config(folder, **{"data.cache": str(tmp_path)}))
 
 
 @pytest.mark.parametrize(
-  ("overrides", "says"),
+  ("overrides", "message"),
   [
     ({"train.batch_size": 4096}, r"windows of data\.sequence_length=16, fewer than .*=4096"),
     ({"data.sequence_length": 1 << 20}, "0 windows"),
@@ -336,19 +337,19 @@ def test_a_damaged_token_file_is_named(folder, tmp_path):
     ),
   ],
 )
-def test_what_does_not_fit_is_refused(folder, overrides, says):
-  with pytest.raises(ConfigError, match=says):
-    quiet(config(folder, **overrides)).training_pipeline()
+def test_configs_that_do_not_fit_the_corpus_are_refused(folder, overrides, message):
+  with pytest.raises(ConfigError, match=message):
+    prepare_quietly(config(folder, **overrides)).training_pipeline()
 
 
 def test_empty_corpus_and_one_document_are_refused_and_leave_nothing(tmp_path):
   path = tmp_path / "x.jsonl"
   path.write_text("\n")
   with pytest.raises(ConfigError, match="empty corpus"):
-    quiet(config(path))
+    prepare_quietly(config(path))
   path.write_text('{"text": "only one"}')
   with pytest.raises(ConfigError, match="both need one"):
-    quiet(config(path))
+    prepare_quietly(config(path))
   assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 

@@ -18,7 +18,7 @@ from engram_jax.errors import ConfigError, DataError, StorageError
 
 def read(source: str, path: pathlib.Path, **fields) -> list[Document]:
   cfg = DataConfig(source=source, path=str(path), **fields)
-  return list(sources.documents(cfg, log=lambda line: None))
+  return list(sources.read_documents(cfg, log=lambda line: None))
 
 
 def test_text_folder_is_a_document_a_file(tmp_path):
@@ -50,7 +50,7 @@ def test_jsonl_plain_and_gzip(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("line", "says"),
+  ("line", "message"),
   [
     (b"{oops", "not JSON"),
     (b'["text"]', "a JSON list"),
@@ -60,10 +60,10 @@ def test_jsonl_plain_and_gzip(tmp_path):
     (b'{"text": "\xff"}', "not UTF-8"),
   ],
 )
-def test_bad_line_is_named(tmp_path, line, says):
+def test_bad_line_is_named(tmp_path, line, message):
   path = tmp_path / "x.jsonl"
   path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
-  with pytest.raises(DataError, match=says) as caught:
+  with pytest.raises(DataError, match=message) as caught:
     read("jsonl", path)
   assert f"{path}:2" in str(caught.value)
 
@@ -133,7 +133,9 @@ def test_stdlib_leaves_out_installed_packages_and_other_encodings(tmp_path, monk
   (tmp_path / "a.py").write_text("import b")
   (tmp_path / "latin.py").write_bytes(b"# \xe9")
   monkeypatch.setattr(sources, "stdlib_folder", lambda: tmp_path)
-  assert list(sources.documents(DataConfig(source="stdlib"), print)) == [("stdlib", "import b")]
+  assert list(sources.read_documents(DataConfig(source="stdlib"), print)) == [
+    ("stdlib", "import b")
+  ]
 
 
 def test_wiki_reads_the_wheel(tmp_path):
@@ -146,7 +148,7 @@ def test_wiki_reads_the_wheel(tmp_path):
 
 @pytest.mark.slow
 def test_wiki_from_pypi(tmp_path):
-  found = list(sources.documents(DataConfig(cache=str(tmp_path)), log=print))
+  found = list(sources.read_documents(DataConfig(cache=str(tmp_path)), log=print))
   assert len(found) == 10_033
   assert len({document.source for document in found}) == 12
   assert sum(len(document.text.encode()) for document in found) == 5_019_801

@@ -1,4 +1,4 @@
-"""Split and tokenizer: no text on both sides, one tokenizer for one set of texts, no byte lost."""
+"""Split and tokenizer: no text in both splits, one tokenizer for one set of texts, no byte lost."""
 
 import random
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engram_jax.config import Config, DataConfig, load_config
 from engram_jax.data import tokenizer as data_tokenizer
-from engram_jax.data.corpus import is_validation, training_texts, unique
+from engram_jax.data.corpus import deduplicate, is_validation, training_texts
 from engram_jax.data.files import Document
 from engram_jax.data.tokenizer import (
   SPECIAL_TOKENS,
@@ -34,24 +34,30 @@ def load(cfg: Config, texts=TEXTS) -> tokenizers.Tokenizer:
 
 
 def test_duplicates_and_blanks_go_and_the_first_source_stays():
-  found = unique([Document("a", "x"), Document("b", "x"), Document("b", " \n"), Document("b", "y")])
+  found = deduplicate(
+    [Document("a", "x"), Document("b", "x"), Document("b", " \n"), Document("b", "y")]
+  )
   assert [(d.source, d.text) for d in found] == [("a", "x"), ("b", "y")]
 
 
 def test_split_depends_on_the_text_alone():
   texts = [f"document {i}" for i in range(4000)]
-  sides = {d.text: is_validation(d.key, 0.1) for d in unique(Document("s", t) for t in texts)}
-  assert 300 < sum(sides.values()) < 500
-  again = {d.text: is_validation(d.key, 0.1) for d in unique(Document("z", t) for t in texts[::-3])}
-  assert again == {text: sides[text] for text in again}
+  is_held_out = {
+    d.text: is_validation(d.key, 0.1) for d in deduplicate(Document("s", t) for t in texts)
+  }
+  assert 300 < sum(is_held_out.values()) < 500
+  again = {
+    d.text: is_validation(d.key, 0.1) for d in deduplicate(Document("z", t) for t in texts[::-3])
+  }
+  assert again == {text: is_held_out[text] for text in again}
 
 
-def test_empty_sides_are_refused_with_the_counts():
+def test_empty_splits_are_refused_with_the_counts():
   cfg = DataConfig(source="jsonl", path="x.jsonl", validation_fraction=1e-9)
   with pytest.raises(ConfigError, match="empty corpus"):
     list(training_texts([], cfg))
   with pytest.raises(ConfigError, match="leaves 1 documents for training and 0 for validation"):
-    list(training_texts(unique([Document("s", "one")]), cfg))
+    list(training_texts(deduplicate([Document("s", "one")]), cfg))
 
 
 def test_special_tokens_come_first(bpe):
@@ -60,7 +66,7 @@ def test_special_tokens_come_first(bpe):
   assert bpe.get_vocab_size() == 300
 
 
-def test_the_order_of_the_texts_plays_no_part(bpe):
+def test_the_order_of_the_texts_changes_nothing(bpe):
   shuffled = random.Random(0).sample(TEXTS, len(TEXTS))
   assert train_bpe(iter(shuffled), 300).to_str() == bpe.to_str()
 
@@ -109,11 +115,11 @@ def test_a_failing_source_leaves_no_tokenizer(tmp_path):
 
 
 def test_given_tokenizer_neither_cuts_nor_pads_nor_reads_special_tokens_in_text(tmp_path, bpe):
-  given_one = tokenizers.Tokenizer.from_str(bpe.to_str())
-  given_one.enable_truncation(2)
-  given_one.enable_padding(length=9)
+  saved = tokenizers.Tokenizer.from_str(bpe.to_str())
+  saved.enable_truncation(2)
+  saved.enable_padding(length=9)
   path = tmp_path / "tokenizer.json"
-  given_one.save(str(path))
+  saved.save(str(path))
   tokenizer = load(load_config(None, {"data.tokenizer": str(path)}))
   ids = tokenizer.encode("a<|endoftext|>b").ids
   assert 0 not in ids

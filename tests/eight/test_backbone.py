@@ -12,8 +12,8 @@ from flax import nnx
 from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig, MoEConfig, ResidualConfig
 from engram_jax.core.mesh import batch_sharding, make_mesh
 from engram_jax.model.lm import LM
-from engram_jax.model.router import RouterBias
 from engram_jax.model.params import param_shardings
+from engram_jax.model.router import RouterBias
 
 B, T, V = 8, 6, 32
 CFG = ModelConfig(

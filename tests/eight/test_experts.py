@@ -13,8 +13,8 @@ from engram_jax.config import MoEConfig
 from engram_jax.core.mesh import batch_sharding, make_mesh
 from engram_jax.model.expert_dispatch import dense_experts
 from engram_jax.model.expert_parallel import capacity, routed_experts
-from engram_jax.model.router import expert_load, route
 from engram_jax.model.params import expert_specs
+from engram_jax.model.router import expert_load, route
 
 B, T, D, F, E, K = 8, 9, 4, 8, 8, 2
 CFG = MoEConfig(routed_experts=E, top_k=K, expert_width=F)

@@ -7,6 +7,6 @@ SLOW = [pytest.param(t, marks=pytest.mark.slow) for t in ("adam_catch_up", "adag
 
 
 @pytest.mark.parametrize("table", ["adam", "sinkhorn", *SLOW])
-def test_first_steps(quick, table):
+def test_first_steps(table):
   found = golden_steps.run(table, "eight")
   golden_steps.assert_close(found, golden_steps.golden(table, "eight"))

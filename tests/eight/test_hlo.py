@@ -44,7 +44,7 @@ def test_each_kind_counts_one_devices_array(mesh, kind):
   function, dims = CASES[kind]
   text = text_of(on_mesh(mesh, function), jnp.zeros((N * 16, 4)))
   (found,) = hlo.collectives(text)
-  assert (found.kind, found.count, found.known) == (kind, 1, True)
+  assert (found.kind, found.count, found.is_exact) == (kind, 1, True)
   assert found.bytes == 4 * math.prod(dims) == hlo.collective_bytes(text)
   assert sum(array.bytes for array in found.shapes) == found.bytes
   assert {array.dtype for array in found.shapes} == {"f32"}
@@ -64,7 +64,7 @@ def test_loops_multiply_and_data_dependent_ones_say_so(mesh):
 
   nested = lambda x: rounds(jax.lax.scan(outer, x, None, length=3)[0])
   text = text_of(on_mesh(mesh, nested), jnp.zeros((N * N, 4)))
-  counts = {found.kind: (found.count, found.known) for found in hlo.collectives(text)}
+  counts = {found.kind: (found.count, found.is_exact) for found in hlo.collectives(text)}
   assert counts["all-to-all"] == (15, True)
   assert counts["collective-permute"] == (3, True)
   assert counts["all-reduce"] == (1, False)
@@ -75,7 +75,7 @@ def test_a_branch_is_counted_as_taken_but_not_as_certain(mesh):
     return jax.lax.cond(x[0, 0] > 0, lambda x: jax.lax.psum(x, AXIS), lambda x: x * 2, x)
 
   (found,) = hlo.collectives(text_of(on_mesh(mesh, either, P()), jnp.zeros((16, 4))))
-  assert (found.count, found.known) == (1, False)
+  assert (found.count, found.is_exact) == (1, False)
 
 
 def test_a_gradient_as_large_as_the_table_is_found(mesh):

@@ -5,5 +5,5 @@ import own_loop_checks
 from engram_jax.core.mesh import make_mesh
 
 
-def test_a_memory_in_another_model_and_loop(quick):
+def test_a_memory_in_another_model_and_loop():
   own_loop_checks.check(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))

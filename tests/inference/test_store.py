@@ -1,4 +1,4 @@
-"""Row stores: every store gives the rows of a plain array, or says in one line why it cannot."""
+"""Every row store returns the rows of a expected_rows array, or raises a one-line error."""
 
 import hashlib
 import json
@@ -63,95 +63,95 @@ def files(tables, tmp_path_factory):
 
 @pytest.fixture(params=["host", "file", "in memory"])
 def make(request, tables, files):
-  """make(kind, dtype) -> a store of each form over the same tables."""
-  opened = []
+  """make(kind, dtype) -> a store of each class over the same tables."""
+  stores = []
 
-  def store(kind="f32", dtype=np.float32):
+  def make_store(kind="f32", dtype=np.float32):
     if request.param == "host":
-      made = HostRows.from_tables(tables, LAYOUT, TOKENS, kind=kind, dtype=dtype)
+      store = HostRows.from_tables(tables, LAYOUT, TOKENS, kind=kind, dtype=dtype)
     else:
-      made = FileRows(files[kind], dtype=dtype, threads=4)
-    opened.append(made)
+      store = FileRows(files[kind], dtype=dtype, threads=4)
+    stores.append(store)
     if request.param == "in memory":
-      made = made.in_memory()
-      opened.append(made)
-    return made
+      store = store.in_memory()
+      stores.append(store)
+    return store
 
-  yield store
-  for made in opened:
-    made.close()
+  yield make_store
+  for store in stores:
+    store.close()
 
 
-def plain(tables, ids, kind="f32"):
-  """What a fetch must give: encode, decode, index."""
+def expected_rows(tables, ids, kind="f32"):
+  """The rows that a fetch must return: encode, decode, index."""
   decoded = [decode(*encode(table, kind), kind) for table in tables]
   return np.stack([table[i] for table, i in zip(decoded, ids, strict=True)])
 
 
-def some_ids(shape, seed=1):
+def random_ids(shape, seed=1):
   return np.random.default_rng(seed).integers(0, SMALLEST, (2, *shape))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fetch_is_decode_and_index(make, tables, kind, dtype):
-  ids = some_ids((3, 5, 4)).astype(np.int32)
-  got = make(kind, dtype).fetch(ids)
-  assert got.dtype == dtype
-  assert got.shape == (2, 3, 5, 4, WIDTH)
-  assert np.array_equal(got, plain(tables, ids, kind).astype(dtype))
+  ids = random_ids((3, 5, 4)).astype(np.int32)
+  rows = make(kind, dtype).fetch(ids)
+  assert rows.dtype == dtype
+  assert rows.shape == (2, 3, 5, 4, WIDTH)
+  assert np.array_equal(rows, expected_rows(tables, ids, kind).astype(dtype))
 
 
 @given(hnp.arrays(np.int64, hnp.array_shapes(max_dims=3, max_side=9, min_side=0)))
 @settings(reproducible, max_examples=60)
-def test_any_ids_in_any_shape(tables, files, ids):
+def test_ids_of_any_shape_are_fetched(tables, files, ids):
   ids = np.stack([ids % LAYOUT.rows[layer] for layer in LAYOUT.layers])
   with FileRows(files["f32"], threads=3) as store:
-    assert np.array_equal(store.fetch(ids), plain(tables, ids))
-  assert np.array_equal(HostRows.from_tables(tables, LAYOUT, TOKENS).fetch(ids), plain(tables, ids))
+    assert np.array_equal(store.fetch(ids), expected_rows(tables, ids))
+  assert np.array_equal(
+    HostRows.from_tables(tables, LAYOUT, TOKENS).fetch(ids), expected_rows(tables, ids)
+  )
 
 
-def test_more_ids_than_threads_and_few(make, tables):
+def test_fewer_or_more_ids_than_threads_are_fetched(make, tables):
   store = make("fp8_e4m3")
   for count in (1, 15, 32, 33, 64, 5000):
-    ids = some_ids((count,), seed=count)
-    assert np.array_equal(store.fetch(ids), plain(tables, ids, "fp8_e4m3"))
+    ids = random_ids((count,), seed=count)
+    assert np.array_equal(store.fetch(ids), expected_rows(tables, ids, "fp8_e4m3"))
 
 
-def test_layers_have_their_own_rows(make, tables):
+def test_layers_have_separate_rows(make, tables):
   store = make()
   assert store.layers == (1, 3)
   assert store.rows == tuple(LAYOUT.rows[x] for x in store.layers)
   last = np.array([LAYOUT.rows[3] - 1, 0])
-  rows = store.layer(3)
-  assert (rows.rows, rows.width) == (LAYOUT.rows[3], WIDTH)
-  assert np.array_equal(rows.fetch(last[:, None]), tables[1][last[:, None]])
-  assert rows.fetch(np.zeros((0, 3), int)).shape == (0, 3, WIDTH)
+  assert store.width == WIDTH
+  assert np.array_equal(store.fetch_layer(3, last[:, None]), tables[1][last[:, None]])
+  assert store.fetch_layer(3, np.zeros((0, 3), int)).shape == (0, 3, WIDTH)
   with pytest.raises(ValueError, match=rf"layer 3: row id {LAYOUT.rows[3]} at"):
-    rows.fetch(last + 1)
+    store.fetch_layer(3, last + 1)
   with pytest.raises(ValueError, match="layer=2 has no table"):
-    store.layer(2)
+    store.fetch_layer(2, last)
 
 
-def test_gather_takes_other_counts_of_each_layer(make, tables):
-  got = make().gather([np.array([5, 5, 1]), np.array([], np.int32)])
-  assert np.array_equal(got[0], tables[0][[5, 5, 1]])
-  assert got[1].shape == (0, WIDTH)
+def test_layers_may_have_different_numbers_of_ids(make, tables):
+  rows = make().fetch_by_layer([np.array([5, 5, 1]), np.array([], np.int32)])
+  assert np.array_equal(rows[0], tables[0][[5, 5, 1]])
+  assert rows[1].shape == (0, WIDTH)
 
 
 @pytest.mark.parametrize("bad", [-1, "rows", 2**31])
-def test_ids_outside_are_refused_and_never_read(make, bad):
+def test_ids_outside_the_table_are_refused(make, bad):
   store = make()
-  ids = some_ids((4,))
+  ids = random_ids((4,))
   ids[1, 2] = LAYOUT.rows[3] if bad == "rows" else bad
-  for ask in (store.fetch, store.gather):
-    with pytest.raises(
-      ValueError, match=rf"layer 3: row id {ids[1, 2]} at \[2\] .* 0 to {LAYOUT.rows[3] - 1}"
-    ):
-      ask(ids)
+  message = rf"layer 3: row id {ids[1, 2]} at position \[2\] is outside \[0, {LAYOUT.rows[3]}\)"
+  for fetch in (store.fetch, store.fetch_by_layer):
+    with pytest.raises(ValueError, match=message):
+      fetch(ids)
 
 
-def test_ids_that_are_none_are_refused(make):
+def test_malformed_ids_and_deadlines_are_refused(make):
   store = make()
   with pytest.raises(ValueError, match="integers, not float64"):
     store.fetch(np.zeros((2, 3)))
@@ -161,15 +161,15 @@ def test_ids_that_are_none_are_refused(make):
     store.fetch(np.zeros((2, 1), int), deadline=0)
 
 
-def test_a_closed_store_says_so(make):
+def test_a_closed_store_raises(make):
   store = make()
   store.close()
   store.close()
   with pytest.raises(ValueError, match="closed"):
-    store.fetch(some_ids((1,)))
+    store.fetch(random_ids((1,)))
 
 
-def test_digests_tell_hashes_and_tokenizers_apart(make):
+def test_digests_differ_by_hash_and_tokenizer(make):
   store = make()
   store.require(LAYOUT, TOKENS)
   other = HashLayout.build("engram", [1, 3], [53, 61], 3, 2, 200, 2, seed=1)
@@ -197,31 +197,31 @@ def test_telemetry_counts_distinct_rows_and_their_bytes(make):
 # --- reads that are late or fail ------------------------------------------------------------
 
 
-class Slow:
-  """Holds reads of a store up until it is told to let them go."""
+class SlowReads:
+  """Blocks the reads of a store until `go` is set."""
 
   def __init__(self, store, monkeypatch):
     self.go = threading.Event()
-    monkeypatch.setattr(store, "_without_waiting", lambda *_: False)
-    read = store._piece
-    monkeypatch.setattr(store, "_piece", lambda *a: (self.go.wait(20), read(*a))[1])
+    monkeypatch.setattr(store, "_read_cached", lambda *_: False)
+    read = store._read_chunk
+    monkeypatch.setattr(store, "_read_chunk", lambda *a: (self.go.wait(20), read(*a))[1])
 
 
-def test_a_late_read_is_an_error_and_spoils_nothing(files, tables, monkeypatch):
-  ids = some_ids((40,))
+def test_a_late_read_is_an_error_and_the_next_fetch_is_right(files, tables, monkeypatch):
+  ids = random_ids((40,))
   with FileRows(files["bf16"], threads=2) as store:
-    slow = Slow(store, monkeypatch)
+    slow = SlowReads(store, monkeypatch)
     begin = time.monotonic()
     with pytest.raises(StorageError, match="late: the deadline has passed") as caught:
       store.fetch(ids, deadline=0.05)
     assert time.monotonic() - begin < 10
     assert caught.value.exit_code == 5
     slow.go.set()
-    assert np.array_equal(store.fetch(ids, deadline=30), plain(tables, ids, "bf16"))
+    assert np.array_equal(store.fetch(ids, deadline=30), expected_rows(tables, ids, "bf16"))
 
 
-def test_reads_that_nobody_waits_for_any_more_are_not_begun(files):
-  """Though the deadline passes before the first wait."""
+def test_reads_after_a_deadline_are_cancelled(files):
+  """The deadline passes before the first wait."""
   with FileRows(files["f32"], threads=1) as store:
     go = threading.Event()
     reads = [store._pool.submit(go.wait, 20) for _ in range(3)]
@@ -237,16 +237,16 @@ def test_a_failed_read_is_a_storage_error(files, monkeypatch):
     def fail(*_):
       raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(store, "_piece", fail)
+    monkeypatch.setattr(store, "_read_chunk", fail)
     monkeypatch.setattr(os, "preadv", fail)
     for count in (1, 200):
       with pytest.raises(StorageError, match="cannot be read: Input/output error"):
-        store.fetch(some_ids((count,)))
+        store.fetch(random_ids((count,)))
 
 
 @pytest.mark.parametrize("nowait", ["fails", "is short", "is unknown"])
-def test_rows_that_are_not_at_hand_are_read_by_threads(files, tables, monkeypatch, nowait):
-  def not_at_hand(*_):
+def test_rows_that_are_not_cached_are_read_by_threads(files, tables, monkeypatch, nowait):
+  def not_cached(*_):
     if nowait == "fails":
       raise BlockingIOError
     return 3
@@ -254,35 +254,35 @@ def test_rows_that_are_not_at_hand_are_read_by_threads(files, tables, monkeypatc
   with FileRows(files["int8"]) as store:
     if nowait == "is unknown":
       monkeypatch.setattr(file_rows, "_NOWAIT", 0)
-    monkeypatch.setattr(os, "preadv", not_at_hand)
-    ids = some_ids((5, 3))
+    monkeypatch.setattr(os, "preadv", not_cached)
+    ids = random_ids((5, 3))
     for deadline in (None, 30):
-      assert np.array_equal(store.fetch(ids, deadline=deadline), plain(tables, ids, "int8"))
+      assert np.array_equal(store.fetch(ids, deadline=deadline), expected_rows(tables, ids, "int8"))
 
 
-def test_a_file_changed_under_a_store_is_noticed(tables, tmp_path):
+def test_a_file_that_changes_while_open_is_an_error(tables, tmp_path):
   path = write(tmp_path / "t", tables)
   with FileRows(path) as store:
-    store.fetch(some_ids((3,)))
+    store.fetch(random_ids((3,)))
     with open(path, "r+b") as file:
       file.truncate(path.stat().st_size - 1)
     with pytest.raises(StorageError, match="has changed since it was opened"):
-      store.fetch(some_ids((3,)))
+      store.fetch(random_ids((3,)))
 
 
-def test_a_file_replaced_by_another_is_read_as_it_was(tables, tmp_path):
+def test_a_replaced_file_is_still_read_by_an_open_store(tables, tmp_path):
   path = write(tmp_path / "t", tables)
   with FileRows(path) as store:
     os.replace(write(tmp_path / "u", [2 * table for table in tables]), path)
-    ids = some_ids((9,))
-    assert np.array_equal(store.fetch(ids), plain(tables, ids))
+    ids = random_ids((9,))
+    assert np.array_equal(store.fetch(ids), expected_rows(tables, ids))
 
 
 # --- files ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_written_file_is_verified_and_keeps_its_constants(files, kind):
+def test_a_written_file_verifies_and_has_its_constants(files, kind):
   with FileRows(files[kind]) as store:
     store.verify()
     assert store.header.kind == kind
@@ -294,23 +294,23 @@ def test_a_written_file_is_verified_and_keeps_its_constants(files, kind):
 def test_dropping_the_page_cache_changes_no_row(files, tables):
   with FileRows(files["fp8_e4m3"], mapped_bytes=1) as store:  # gives pages back after each read
     for count in (3, 100, 3):
-      ids = some_ids((count,), seed=count)
+      ids = random_ids((count,), seed=count)
       store.drop_page_cache()
-      assert np.array_equal(store.fetch(ids), plain(tables, ids, "fp8_e4m3"))
+      assert np.array_equal(store.fetch(ids), expected_rows(tables, ids, "fp8_e4m3"))
 
 
 @given(st.data())
 @settings(reproducible, max_examples=40)
-def test_every_changed_byte_is_noticed(files, tmp_path_factory, data):
-  """At opening where the header is hit, by verify elsewhere; before the tables lies a gap."""
-  whole = bytearray(files["int8"].read_bytes())
+def test_every_changed_byte_is_detected(files, tmp_path_factory, data):
+  """Opening detects changes of the header, verify all others but the gap before the tables."""
+  content = bytearray(files["int8"].read_bytes())
   with open(files["int8"], "rb") as file:
     header, _ = table_file.read_header(file, "t")
-  start, _ = header.data
-  at = data.draw(st.integers(0, len(header.to_bytes()) - 1) | st.integers(start, len(whole) - 1))
-  whole[at] ^= 1 << data.draw(st.integers(0, 7))
+  start, _ = header.data_range
+  at = data.draw(st.integers(0, len(header.to_bytes()) - 1) | st.integers(start, len(content) - 1))
+  content[at] ^= 1 << data.draw(st.integers(0, 7))
   path = tmp_path_factory.mktemp("edited") / "t"
-  path.write_bytes(whole)
+  path.write_bytes(content)
   with pytest.raises(StorageError) as caught, FileRows(path) as store:
     store.verify()
   assert str(caught.value).startswith(str(path))
@@ -330,15 +330,15 @@ def test_verify_names_the_rows_that_changed(tables, tmp_path):
 
 @pytest.mark.parametrize("size", [0, 47, 48, 300, 4096, -4097, -1])
 def test_truncated_files_are_refused_at_opening(files, tmp_path, size):
-  whole = files["f32"].read_bytes()
+  content = files["f32"].read_bytes()
   path = tmp_path / "t"
-  path.write_bytes(whole[:size])
+  path.write_bytes(content[:size])
   with pytest.raises(StorageError, match=r"is damaged|is no table file"):
     FileRows(path)
 
 
-def forged(path, change):
-  """A file whose header says something else, and whose digest agrees with it."""
+def forge(path, change):
+  """The bytes of a file with a changed header and the digest of that header."""
   with open(path, "rb") as file:
     header, _ = table_file.read_header(file, "t")
   fields = header.model_dump()
@@ -387,9 +387,9 @@ def number(*keys):
     (number("surprise"), 1),
   ],
 )
-def test_headers_that_make_no_sense_are_refused(files, tmp_path, change, value):
+def test_inconsistent_headers_are_refused(files, tmp_path, change, value):
   path = tmp_path / "t"
-  path.write_bytes(forged(files["f32"], lambda fields: change(fields, value)))
+  path.write_bytes(forge(files["f32"], lambda fields: change(fields, value)))
   with pytest.raises(StorageError, match="damaged") as caught:
     FileRows(path)
   assert "\n" not in str(caught.value)
@@ -398,9 +398,9 @@ def test_headers_that_make_no_sense_are_refused(files, tmp_path, change, value):
 @pytest.mark.parametrize("length", [0, 2**20 + 1, 2**32 - 1])
 def test_a_header_of_absurd_size_is_not_read(files, tmp_path, length):
   path = tmp_path / "t"
-  whole = bytearray(files["f32"].read_bytes())
-  whole[12:16] = length.to_bytes(4, "little")
-  path.write_bytes(whole)
+  content = bytearray(files["f32"].read_bytes())
+  content[12:16] = length.to_bytes(4, "little")
+  path.write_bytes(content)
   with pytest.raises(StorageError, match=f"announces a header of {length:,} bytes"):
     FileRows(path)
 
@@ -417,7 +417,7 @@ def test_other_files_are_refused(tmp_path):
     FileRows(path)
 
 
-def test_writing_leaves_a_whole_file_or_none(tables, tmp_path):
+def test_writing_leaves_a_complete_file_or_none(tables, tmp_path):
   path = write(tmp_path / "t", tables)
   with pytest.raises(ConfigError, match="exists and is not overwritten"):
     write(path, tables)
@@ -430,7 +430,7 @@ def test_writing_leaves_a_whole_file_or_none(tables, tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["t"]
 
 
-def test_a_written_file_may_be_read_by_those_whom_the_umask_lets(tables, tmp_path):
+def test_a_written_file_has_the_permissions_of_the_umask(tables, tmp_path):
   for mask, mode in ((0o077, 0o600), (0o002, 0o664)):
     before = os.umask(mask)
     try:
@@ -441,27 +441,27 @@ def test_a_written_file_may_be_read_by_those_whom_the_umask_lets(tables, tmp_pat
 
 
 def test_host_tables_are_filled_block_by_block(tables):
-  """None is held once the next but one is asked for."""
+  """At most one earlier block is alive when a block is made."""
 
   def blocks(layer):
     held = []
     for block in blocks_of(tables)(layer):
       assert sum(ref() is not None for ref in held) <= 1
-      own = block.copy()
-      held.append(weakref.ref(own))
-      yield own
-      del own
+      copy = block.copy()
+      held.append(weakref.ref(copy))
+      yield copy
+      del copy
 
   store = HostRows.from_blocks(blocks, LAYOUT, TOKENS, WIDTH, kind="bf16")
   assert store.bytes == sum(LAYOUT.rows.values()) * WIDTH * 2
-  ids = some_ids((7,))
-  assert np.array_equal(store.fetch(ids), plain(tables, ids, "bf16"))
+  ids = random_ids((7,))
+  assert np.array_equal(store.fetch(ids), expected_rows(tables, ids, "bf16"))
   broken = [tables[0], np.full_like(tables[1], np.nan)]
   with pytest.raises(StorageError, match="layer 3, from row 0 on: row 0, column 0 is nan"):
     HostRows.from_tables(broken, LAYOUT, TOKENS)
 
 
-def test_a_file_without_room_is_refused_before_it_is_begun(tables, tmp_path, monkeypatch):
+def test_a_file_larger_than_the_free_space_is_not_begun(tables, tmp_path, monkeypatch):
   free = type("Usage", (), {"free": 1000})
   monkeypatch.setattr("shutil.disk_usage", lambda _: free)
   with pytest.raises(StorageError, match=r"takes [\d,]+ bytes, but .* has 1,000 free"):
@@ -504,10 +504,10 @@ os.remove(path)
 
 def test_a_table_larger_than_memory_opens_and_serves_rows(tmp_path):
   """V4.1's two tables, 203 GB, sparse: in a process of its own, whose memory is measured."""
-  words = [sys.executable, "-c", HUGE, str(tmp_path / "huge")]
-  done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-  assert done.returncode == 0, done.stderr
-  opened, per_second, peak, size = map(float, done.stdout.split())
+  argv = [sys.executable, "-c", HUGE, str(tmp_path / "huge")]
+  result = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+  assert result.returncode == 0, result.stderr
+  opened, per_second, peak, size = map(float, result.stdout.split())
   print(f"opened in {opened:.3f} s, {per_second:,.0f} rows/s, peak {peak / 2**20:.0f} MiB")
   assert size > 200e9
   assert peak < 1e9

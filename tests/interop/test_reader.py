@@ -1,4 +1,4 @@
-"""Released memories: rows, ids and outputs against plain NumPy, and everything that is refused."""
+"""Released memories: rows, ids and outputs against plain NumPy, and all that is refused."""
 
 import contextlib
 import json
@@ -40,12 +40,12 @@ from engram_jax.interop.reader import MemoryReader
 INDEX = "model.safetensors.index.json"
 
 
-def compressed() -> tuple[list[int], int]:
-  """The token map by its definition, for a tokenizer whose text is ASCII or single bytes."""
-  words, seen, table = tokenizer(), {}, []
-  for i in range(words.get_vocab_size()):
-    text = words.decode([i], skip_special_tokens=False)
-    key = words.id_to_token(i) if "\ufffd" in text else normal(text) or text
+def build_token_map() -> tuple[list[int], int]:
+  """Builds the token map by its definition, for a tokenizer of ASCII texts and single bytes."""
+  bpe, seen, table = tokenizer(), {}, []
+  for i in range(bpe.get_vocab_size()):
+    text = bpe.decode([i], skip_special_tokens=False)
+    key = bpe.id_to_token(i) if "\ufffd" in text else normal(text) or text
     table.append(seen.setdefault(key, len(seen)))
   return table, len(seen)
 
@@ -59,7 +59,7 @@ def normal(text: str) -> str:
   return spaces if spaces == " " else spaces.lower().strip()
 
 
-TABLE, COMPRESSED = compressed()
+TABLE, COMPRESSED = build_token_map()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def qwen(request, tmp_path_factory):
 
 
 def expected_ids(ids: list[int], multipliers: list[int], primes: list[int], heads: int, pad: int):
-  """[T, J] row ids with Python's whole numbers; nothing ends look-back but the start."""
+  """Row ids [T, J] with Python's integers; only the start of the text ends an n-gram."""
   N, offsets = len(multipliers), np.cumsum([0, *primes[:-1]]).tolist()
   out = []
   for t in range(len(ids)):
@@ -109,12 +109,12 @@ def test_v41_text_to_rows_is_the_released_rule(v41):
       np.testing.assert_array_equal(reading.row_ids[layer], ids)
       rows = numbers(tensors[f"layers.{layer}.engram.embed.weight"])
       scales = numbers(tensors[f"layers.{layer}.engram.embed.scale"])
-      whole = rows * np.repeat(scales, 32, axis=1)
-      np.testing.assert_array_equal(reader.rows(layer, ids), whole[ids])
+      dequantized = rows * np.repeat(scales, 32, axis=1)
+      np.testing.assert_array_equal(reader.rows(layer, ids), dequantized[ids])
 
 
 def v41_reference(tensors, layer: int, hidden_BTGD: np.ndarray, rows_BTM: np.ndarray):
-  """The module as its equations read, in float64: one projection, norms, gate, no convolution."""
+  """Computes the module's equations in float64: one projection, norms, gate, no convolution."""
   name, G, D = f"layers.{layer}.engram.", V41["hc_mult"], V41["hidden_size"]
   scale = numbers(tensors[name + "wkv.scale"]).astype(np.float64)
   weight = numbers(tensors[name + "wkv.weight"]).astype(np.float64)
@@ -137,12 +137,12 @@ def test_v41_output_is_that_of_the_equations(v41, layer):
     hidden = rng.normal(size=(1, ids.shape[1], 2, 40)).astype(np.float32)
     rows = reader.rows(layer, ids)
     delta, gate = reader.output(layer, jnp.asarray(hidden), rows)
-    wanted, wanted_gate = v41_reference(
+    expected, expected_gate = v41_reference(
       v41_tensors(), layer, hidden, rows.reshape(1, len(ids[0]), -1)
     )
-    np.testing.assert_allclose(gate, wanted_gate, atol=2e-6)
-    np.testing.assert_allclose(delta, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
-    assert np.ptp(wanted_gate) > 0.1  # it does depend on what it reads
+    np.testing.assert_allclose(gate, expected_gate, atol=2e-6)
+    np.testing.assert_allclose(delta, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    assert np.ptp(expected_gate) > 0.1  # it does depend on what it reads
 
     mask = np.zeros(ids.shape[:2], bool)
     mask[0, 3] = True
@@ -171,12 +171,12 @@ def test_qwen_text_to_rows_is_the_released_rule(qwen):
     ids = expected_ids(reading.token_ids, qwen_multipliers(), QWEN_PRIMES, 2, QWEN["eos_token_id"])
     np.testing.assert_array_equal(reading.row_ids[1], ids)
     shards = [tensors[PLE + f"ple_embedding.ngram_embedding.shard_{i}.weight"] for i in range(8)]
-    whole = np.concatenate([numbers(shard) for shard in shards])
+    table = np.concatenate([numbers(shard) for shard in shards])
     scale = tensors.get(PLE + "ple_embedding.ngram_embedding.weight_scale")
-    whole = whole * (np.float32(1) if scale is None else numbers(scale)[0])
-    every = np.arange(sum(QWEN_PRIMES)).reshape(2, -1)  # over all the shards' borders
-    np.testing.assert_array_equal(reader.rows(1, every), whole[every])
-    assert reader.rows(1, every[:, :0]).shape == (2, 0, 8)
+    table = table * (np.float32(1) if scale is None else numbers(scale)[0])
+    all_ids = np.arange(sum(QWEN_PRIMES)).reshape(2, -1)  # over all the shards' borders
+    np.testing.assert_array_equal(reader.rows(1, all_ids), table[all_ids])
+    assert reader.rows(1, all_ids[:, :0]).shape == (2, 0, 8)
     with pytest.raises(ValueError, match="row id 420 at position"):
       reader.rows(1, np.array([420]))  # padding, in the last shard
 
@@ -202,17 +202,17 @@ def test_qwen_output_is_that_of_the_equations(qwen):
   e = rows.reshape(B, T, -1).astype(np.float64)
   key = norm("norm_key", (e @ weight("key_proj").T).reshape(B, T, G, D))
   s = (key * norm("norm_query", hidden.astype(np.float64))).sum(-1) / np.sqrt(D)
-  wanted_gate = 1 / (1 + np.exp(-np.sign(s) * np.sqrt(np.maximum(np.abs(s), 1e-6))))
-  u = wanted_gate[..., None] * (e @ weight("value_proj").T)[:, :, None]
+  expected_gate = 1 / (1 + np.exp(-np.sign(s) * np.sqrt(np.maximum(np.abs(s), 1e-6))))
+  u = expected_gate[..., None] * (e @ weight("value_proj").T)[:, :, None]
   normed, conv = norm("norm_conv", u), np.zeros_like(u)
   kernel = weight("conv1d").reshape(G, D, 4)
   for t in range(T):
     for j in range(4):
       if t - 3 * (3 - j) >= 0:
         conv[:, t] += kernel[..., j] * normed[:, t - 3 * (3 - j)]
-  wanted = conv / (1 + np.exp(-conv)) + u
-  np.testing.assert_allclose(gate, wanted_gate, atol=2e-6)
-  np.testing.assert_allclose(delta, wanted, rtol=2e-5, atol=2e-5 * np.abs(wanted).max())
+  expected = conv / (1 + np.exp(-conv)) + u
+  np.testing.assert_allclose(gate, expected_gate, atol=2e-6)
+  np.testing.assert_allclose(delta, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
 
 
 def test_an_end_of_text_token_ends_what_later_ones_see(qwen):
@@ -221,7 +221,7 @@ def test_an_end_of_text_token_ends_what_later_ones_see(qwen):
     np.testing.assert_array_equal(reader.row_ids(1, ids)[:, 3:], reader.row_ids(1, ids[:, 3:]))
 
 
-def test_only_the_rows_asked_for_are_read(v41):
+def test_only_the_requested_rows_are_read(v41):
   with MemoryReader(v41) as reader:
     before = reader.bytes_read
     reader.rows(1, np.array([[5, 7, 5]]))
@@ -270,13 +270,13 @@ def huge_id(folder) -> None:
   (folder / "tokenizer.json").write_text(json.dumps(tree))
 
 
-def cut(folder) -> None:
+def truncate_shard(folder) -> None:
   name = json.loads((folder / INDEX).read_text())["weight_map"]["layers.1.engram.embed.weight"]
   with open(folder / name, "r+b") as file:
     file.truncate((folder / name).stat().st_size - 1)
 
 
-def gone(folder) -> None:
+def remove_shard(folder) -> None:
   name = json.loads((folder / INDEX).read_text())["weight_map"]["layers.1.engram.embed.weight"]
   (folder / name).unlink()
 
@@ -292,7 +292,7 @@ ROWS = [sum(primes) for primes in v41_primes().values()]
 
 
 @pytest.mark.parametrize(
-  ("damage", "kind", "said"),
+  ("damage", "kind", "message"),
   [
     (
       text_field("engram_compressed_vocab_size", 99092),
@@ -326,8 +326,8 @@ ROWS = [sum(primes) for primes in v41_primes().values()]
     (in_index(WEIGHT, 7), ConfigError, "said to be in 7"),
     (in_index(WEIGHT, "model-00004-of-00004.safetensors"), StorageError, f"holds no {WEIGHT}"),
     (in_index(WEIGHT, "absent.safetensors"), StorageError, "absent.safetensors is missing"),
-    (cut, StorageError, "is truncated"),
-    (gone, StorageError, "is missing"),
+    (truncate_shard, StorageError, "is truncated"),
+    (remove_shard, StorageError, "is missing"),
     (absurd_header, StorageError, "claims a header of 1,152,921,504,606,846,976 bytes"),
     (lambda f: (f / "config.json").write_text("{"), StorageError, "config.json is not JSON"),
     (lambda f: (f / "config.json").unlink(), ConfigError, "no config.json"),
@@ -337,21 +337,21 @@ ROWS = [sum(primes) for primes in v41_primes().values()]
     (lambda f: (f / "tokenizer.json").write_text("{}"), ConfigError, "not a tokenizer.json"),
   ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(v41, tmp_path, damage, kind, said):
+def test_checkpoints_that_do_not_fit_are_refused_in_one_line(v41, tmp_path, damage, kind, message):
   copy = shutil.copytree(v41, tmp_path / "c")
   damage(copy)
   with pytest.raises(EngramError) as caught:
     MemoryReader(copy)
   assert type(caught.value) is kind
-  assert said in str(caught.value)
+  assert message in str(caught.value)
   assert "\n" not in str(caught.value)
   assert caught.value.exit_code in (2, 5)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_whatever_a_text_file_becomes_it_opens_or_is_refused(v41, tmp_path_factory, data):
-  """A byte replaced, a piece dropped, or a number exchanged for a hostile one."""
+def test_a_fuzzed_text_file_opens_or_is_refused(v41, tmp_path_factory, data):
+  """Replaces a byte, drops a few, or exchanges a number for a hostile one."""
   copy = shutil.copytree(v41, tmp_path_factory.mktemp("fuzz") / "c")
   path = copy / data.draw(st.sampled_from(["config.json", INDEX, "tokenizer.json"]))
   content = path.read_bytes()
@@ -392,7 +392,7 @@ def test_stored_hash_constants_are_compared_with_rebuilt_ones(tmp_path, part):
 
 
 @pytest.mark.parametrize(
-  ("field", "value", "said"),
+  ("field", "value", "message"),
   [
     ("split_ngram_parts", 7, "do not divide into split_ngram_parts=7"),
     ("split_ngram_parts", 16, "but the config asks for"),
@@ -404,11 +404,11 @@ def test_stored_hash_constants_are_compared_with_rebuilt_ones(tmp_path, part):
     ("ple_conv_kernel_size", 3, "conv1d.weight is BF16[32, 1, 4]"),
   ],
 )
-def test_qwen_fields_that_do_not_fit_are_refused(tmp_path, field, value, said):
+def test_qwen_fields_that_do_not_fit_are_refused(tmp_path, field, value, message):
   write_folder(tmp_path / "c", {"text_config": QWEN | {field: value}}, qwen_tensors(), shards=2)
   with pytest.raises(ConfigError) as caught:
     MemoryReader(tmp_path / "c")
-  assert said in str(caught.value)
+  assert message in str(caught.value)
 
 
 def test_qwens_released_sizes_pass_and_give_the_published_constants(tmp_path):
@@ -518,8 +518,8 @@ with MemoryReader(sys.argv[1]) as reader:
 
 
 def open_and_read(folder) -> dict:
-  words = [sys.executable, "-c", OPEN_AND_READ, str(folder)]
-  done = subprocess.run(words, capture_output=True, text=True, check=True)
+  argv = [sys.executable, "-c", OPEN_AND_READ, str(folder)]
+  done = subprocess.run(argv, capture_output=True, text=True, check=True)
   return json.loads(done.stdout)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from miniatures import Raw, fp8, header_of, numbers, write_file
 
 from engram_jax.errors import StorageError
-from engram_jax.interop.safetensors import MAX_HEADER_BYTES, TensorFile
+from engram_jax.interop.safetensors import MAX_HEADER_BYTES, SafetensorsFile
 
 ARRAYS = {
   "scalar": np.array(3.5, np.float32),
@@ -34,7 +34,7 @@ def written(tmp_path_factory):
 
 
 def test_reads_what_the_library_wrote(written):
-  with TensorFile(written) as file:
+  with SafetensorsFile(written) as file:
     assert file.metadata == {"format": "np"}
     assert set(file.tensors) == set(ARRAYS)
     for name, array in ARRAYS.items():
@@ -44,15 +44,15 @@ def test_reads_what_the_library_wrote(written):
 
 
 def test_slices_and_rows_are_those_of_the_array(written):
-  with TensorFile(written) as file:
+  with SafetensorsFile(written) as file:
     u8 = ARRAYS["u8"]
     np.testing.assert_array_equal(file.read("u8", 1, 2), u8[1:2])
     ids = np.array([[1, 0], [1, 1]])
-    np.testing.assert_array_equal(file.rows("u8", ids), u8[ids])
-    assert file.rows("u8", np.zeros((0, 2), int)).shape == (0, 2, 3, 4)
+    np.testing.assert_array_equal(file.read_rows("u8", ids), u8[ids])
+    assert file.read_rows("u8", np.zeros((0, 2), int)).shape == (0, 2, 3, 4)
     for bad in (-1, 2):
       with pytest.raises(ValueError, match=f"no row {bad}"):
-        file.rows("u8", np.array([0, bad]))
+        file.read_rows("u8", np.array([0, bad]))
     with pytest.raises(ValueError, match="outside"):
       file.read("u8", 1, 3)
 
@@ -61,9 +61,9 @@ def test_a_row_costs_its_bytes_and_no_more(tmp_path):
   rng = np.random.default_rng(0)
   table = fp8(rng, (1000, 32))
   write_file(tmp_path / "x.safetensors", header_of({"t": table}), table.data)
-  with TensorFile(tmp_path / "x.safetensors") as file:
+  with SafetensorsFile(tmp_path / "x.safetensors") as file:
     before = file.bytes_read
-    found = file.rows("t", np.array([7, 999, 7, 7]))
+    found = file.read_rows("t", np.array([7, 999, 7, 7]))
     assert file.bytes_read - before == 2 * 32
     np.testing.assert_array_equal(found.astype(np.float32), numbers(table)[[7, 999, 7, 7]])
 
@@ -72,7 +72,7 @@ def test_every_fp8_byte_means_what_its_bits_say(tmp_path):
   codes = bytes(range(256))
   tensors = {"a": Raw("F8_E4M3", (256,), codes), "b": Raw("F8_E8M0", (255,), codes[:255])}
   write_file(tmp_path / "x.safetensors", header_of(tensors), codes + codes[:255])
-  with TensorFile(tmp_path / "x.safetensors") as file:
+  with SafetensorsFile(tmp_path / "x.safetensors") as file:
     found = file.read("a").astype(np.float32)
     nan = np.isin(np.arange(256), [0x7F, 0xFF])
     assert np.isnan(found[nan]).all()
@@ -120,7 +120,7 @@ def test_an_edited_header_is_refused_in_one_line(tmp_path, header, size, said):
   path = tmp_path / "x.safetensors"
   write_file(path, header, bytes(size))
   with pytest.raises(StorageError, match=r"x\.safetensors") as caught:
-    TensorFile(path)
+    SafetensorsFile(path)
   message = str(caught.value)
   assert said in message
   assert "\n" not in message
@@ -133,7 +133,7 @@ def test_a_key_that_stands_twice_is_found_among_very_many(tmp_path):
   write_file(tmp_path / "x.safetensors", header.encode(), b"")
   begin = time.perf_counter()
   with pytest.raises(StorageError, match="'t99999' stands twice"):
-    TensorFile(tmp_path / "x.safetensors")
+    SafetensorsFile(tmp_path / "x.safetensors")
   assert time.perf_counter() - begin < 10  # each with each would take minutes
 
 
@@ -151,14 +151,14 @@ def test_an_absurd_header_is_refused_before_it_is_read(tmp_path, start, said):
   path = tmp_path / "x.safetensors"
   path.write_bytes(start)
   with pytest.raises(StorageError, match=r"x\.safetensors") as caught:
-    TensorFile(path)
+    SafetensorsFile(path)
   assert said in str(caught.value)
 
 
 def test_a_file_cut_while_in_use_is_an_error_and_no_crash(tmp_path):
   path = tmp_path / "x.safetensors"
   write_file(path, GOOD, bytes(16))
-  with TensorFile(path) as file:
+  with SafetensorsFile(path) as file:
     with open(path, "r+b") as cut:
       cut.truncate(path.stat().st_size - 4)
     np.testing.assert_array_equal(file.read("a", 0, 1), np.zeros((1, 2), np.float32))
@@ -177,7 +177,7 @@ def test_whatever_a_byte_becomes_it_opens_or_is_refused(written, tmp_path_factor
   path = tmp_path_factory.mktemp("flip") / "x.safetensors"
   path.write_bytes(content)
   try:
-    with TensorFile(path) as file:
+    with SafetensorsFile(path) as file:
       opened = {name: file.read(name) for name in file.tensors}
   except StorageError:
     return

@@ -1,4 +1,5 @@
-"""Folders of shards: written in slices, complete or not there, and read the same by the library."""
+"""Folders of shards are written in slices, appear complete or not at all, and the library reads
+them."""
 
 import os
 
@@ -14,29 +15,29 @@ from miniatures import read_folder
 
 from engram_jax.config import EngramConfig
 from engram_jax.errors import ConfigError, StorageError
-from engram_jax.interop import engram_format as own
+from engram_jax.interop import engram_format
 from engram_jax.interop.folder import Folder
-from engram_jax.interop.safetensors import NAMES
+from engram_jax.interop.safetensors import DTYPE_NAMES
 from engram_jax.interop.writer import (
-  Source,
+  StreamedTensor,
   new_folder,
-  ranges,
+  slice_ranges,
   write_tensors,
   write_text,
 )
 from engram_jax.memory.engram import Engram
 
 
-def of_array(array: np.ndarray, cuts: int = 1) -> Source:
-  pieces = np.array_split(array, cuts) if array.ndim else [array]
-  return Source(NAMES[array.dtype], array.shape, lambda: iter(pieces))
+def streamed(array: np.ndarray, cuts: int = 1) -> StreamedTensor:
+  slices = np.array_split(array, cuts) if array.ndim else [array]
+  return StreamedTensor(DTYPE_NAMES[array.dtype], array.shape, lambda: iter(slices))
 
 
 @given(st.integers(0, 10_000), st.integers(0, 5000), st.integers(1, 20_000))
-def test_ranges_cover_every_row_once_and_stay_small(rows, row_bytes, most):
-  found = list(ranges(rows, row_bytes, most))
-  assert [i for a, b in found for i in range(a, b)] == list(range(rows))
-  assert all((b - a) * row_bytes <= most or b - a == 1 for a, b in found)
+def test_ranges_cover_every_row_once_and_stay_small(rows, row_bytes, max_bytes):
+  ranges = list(slice_ranges(rows, row_bytes, max_bytes))
+  assert [i for a, b in ranges for i in range(a, b)] == list(range(rows))
+  assert all((b - a) * row_bytes <= max_bytes or b - a == 1 for a, b in ranges)
 
 
 DTYPES = [np.float32, np.int64, np.uint8, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]
@@ -45,7 +46,7 @@ SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(DTYPES), SHAPES), max_size=6), st.integers(1, 200))
-def test_what_is_written_is_read_back(tmp_path_factory, kinds, shard_bytes):
+def test_written_tensors_are_read_back(tmp_path_factory, kinds, shard_bytes):
   rng = np.random.default_rng(0)
   arrays = {
     f"t{i}": rng.integers(0, 100, size=shape).astype(dtype)
@@ -54,7 +55,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, kinds, shard_bytes):
   folder = tmp_path_factory.mktemp("w") / "new"
   with new_folder(folder) as part:
     write_text(part / "config.json", "{}")
-    write_tensors(part, {name: of_array(x, cuts=2) for name, x in arrays.items()}, shard_bytes)
+    write_tensors(part, {name: streamed(x, cuts=2) for name, x in arrays.items()}, shard_bytes)
   raw = read_folder(folder)
   assert raw.keys() == arrays.keys()
   with Folder(folder) as reader:
@@ -70,12 +71,12 @@ def test_what_is_written_is_read_back(tmp_path_factory, kinds, shard_bytes):
         assert opened.get_slice(name).get_shape() == list(arrays[name].shape)
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-  short = Source("U8", (6,), lambda: [np.zeros(5, np.uint8)])
+def test_a_folder_appears_complete_or_not_at_all(tmp_path):
+  short = StreamedTensor("U8", (6,), lambda: [np.zeros(5, np.uint8)])
   with pytest.raises(ValueError, match="5 bytes in slices, 6"), new_folder(tmp_path / "a") as part:
-    write_tensors(part, {"ok": of_array(np.ones(3, np.float32)), "short": short})
+    write_tensors(part, {"ok": streamed(np.ones(3, np.float32)), "short": short})
   with pytest.raises(ValueError, match="a slice int8"), new_folder(tmp_path / "a") as part:
-    write_tensors(part, {"other": Source("U8", (6,), lambda: [np.zeros(6, np.int8)])})
+    write_tensors(part, {"other": StreamedTensor("U8", (6,), lambda: [np.zeros(6, np.int8)])})
   with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a"):
     raise KeyboardInterrupt
   assert list(tmp_path.iterdir()) == []
@@ -87,14 +88,14 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     pytest.fail("reached")
 
 
-def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_written(tmp_path):
-  never = Source("U8", (2**60,), lambda: pytest.fail("read"))
+def test_tensors_that_do_not_fit_on_the_disk_are_refused_before_writing(tmp_path):
+  never = StreamedTensor("U8", (2**60,), lambda: pytest.fail("read"))
   with pytest.raises(StorageError, match="1,152,921,504,606,846,976 do not fit"):
     write_tensors(tmp_path, {"a": never})
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path):
+def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(StorageError, match="cannot be written"), new_folder(tmp_path / "file" / "a"):
     pytest.fail("reached")
@@ -105,8 +106,8 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("conv_kernel", [0, 4])
-def test_the_shapes_of_a_module_are_the_modules_own(bias, conv_kernel):
+def test_module_shapes_are_those_of_the_module(bias, conv_kernel):
   cfg = EngramConfig(layers=(1,), heads=2, row_width=4, bias=bias, conv_kernel=conv_kernel)
   module = nnx.eval_shape(lambda: Engram(cfg, 8, 3, rngs=nnx.Rngs(0)))
   shapes = jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
-  assert own.module_shapes(cfg, 8, 3) == shapes
+  assert engram_format.module_shapes(cfg, 8, 3) == shapes

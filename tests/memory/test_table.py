@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from engram_jax.core.mesh import AXES, batch_sharding, make_mesh, replicated
+from engram_jax.memory.compress import check_ids
 from engram_jax.memory.dedup import FILL, _sort_with_positions, dedup, expand, gather_rows
 from engram_jax.memory.table import (
-  check_row_ids,
   init_table,
   lookup,
   lookup_reference,
@@ -76,14 +76,14 @@ def test_an_id_outside_reads_no_other_row(table, bad):
 
 
 def test_bad_ids_are_refused_where_they_enter():
-  check_row_ids(np.asarray([[0, ROWS - 1]]), ROWS)
-  check_row_ids(np.zeros((0, 4), np.int32), ROWS)
-  with pytest.raises(ValueError, match=r"row id 37 at \[1, 0\] is outside the table: 0 to 36"):
-    check_row_ids(np.asarray([[0, 1], [ROWS, -4]]), ROWS)
-  with pytest.raises(ValueError, match=r"row id -4 at \[0\]"):
-    check_row_ids(np.asarray([-4]), ROWS)
+  check_ids(np.asarray([[0, ROWS - 1]]), ROWS, "row id")
+  check_ids(np.zeros((0, 4), np.int32), ROWS, "row id")
+  with pytest.raises(ValueError, match=r"row id 37 at position \[1, 0\] is outside \[0, 37\)"):
+    check_ids(np.asarray([[0, 1], [ROWS, -4]]), ROWS, "row id")
+  with pytest.raises(ValueError, match=r"row id -4 at position \[0\]"):
+    check_ids(np.asarray([-4]), ROWS, "row id")
   with pytest.raises(ValueError, match="not float64"):
-    check_row_ids(np.asarray([1.0]), ROWS)
+    check_ids(np.asarray([1.0]), ROWS, "row id")
 
 
 unique_in_jit = jax.jit(dedup, static_argnums=1)

@@ -1,4 +1,4 @@
-"""A real server on a port: many clients at once, clients that leave, and the page in a browser."""
+"""A real server on a port: many clients at once, disconnects, and the page in a browser."""
 
 import asyncio
 import json
@@ -10,23 +10,23 @@ import time
 import httpx
 import pytest
 from playwright.sync_api import expect, sync_playwright
-from served import QUEUE, SLOTS, Client, serving, settle, small_decoder, small_engine
-from served import small_tokenizer as make_tokenizer
+from small_server import QUEUE, SLOTS, Client, serving, settle, small_decoder, small_engine
+from small_server import small_tokenizer as make_tokenizer
 
 from engram_jax.serve.api import Service
-from engram_jax.serve.prompts import Words
-from engram_jax.serve.server import warm
+from engram_jax.serve.prompts import PromptEncoder
+from engram_jax.serve.server import warm_up
 
 CLIENTS = 200
-STEP = 0.6  # seconds of a slow one
+STEP = 0.6  # seconds of a slow step
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
 
 @pytest.fixture(scope="module")
 def service():
   with small_engine(small_decoder()) as engine:
-    warm(engine)
-    yield Service(engine, Words(make_tokenizer()), "small")
+    warm_up(engine)
+    yield Service(engine, PromptEncoder(make_tokenizer()), "small")
 
 
 @pytest.fixture(scope="module")
@@ -40,45 +40,45 @@ def body_of(i):
   return {"prompt": prompt, "max_tokens": 1 + i % 5, "temperature": 1.2, "seed": i % 3}
 
 
-def test_200_clients_at_once_lose_nothing(service, address):
-  """Each is answered, or told to come again and answered then, with what it would get alone."""
+def test_200_clients_at_once_all_get_their_responses(service, address):
+  """Each gets the response it would get alone, at once or after a 429 and a retry."""
   refused = []
 
-  async def one(client, i):
+  async def complete(client, i):
     body = body_of(i) | {"stream": i % 2 == 1}
     while True:
-      answer = await client.post("/v1/completions", json=body)
-      if answer.status_code != 429:
-        return answer
+      response = await client.post("/v1/completions", json=body)
+      if response.status_code != 429:
+        return response
       refused.append(i)
-      await asyncio.sleep(random.uniform(0.5, 1) * float(answer.headers["retry-after"]))
+      await asyncio.sleep(random.uniform(0.5, 1) * float(response.headers["retry-after"]))
 
-  async def everyone():
+  async def run_all():
     limits = httpx.Limits(max_connections=CLIENTS)
     async with httpx.AsyncClient(base_url=address, timeout=300, limits=limits) as client:
-      return await asyncio.gather(*(one(client, i) for i in range(CLIENTS)))
+      return await asyncio.gather(*(complete(client, i) for i in range(CLIENTS)))
 
-  answers = asyncio.run(everyone())
-  assert [a.status_code for a in answers] == [200] * CLIENTS
+  responses = asyncio.run(run_all())
+  assert [a.status_code for a in responses] == [200] * CLIENTS
   assert refused  # the queue holds fewer than that
   alone = {}
-  for i, answer in enumerate(answers):
+  for i, response in enumerate(responses):
     key = json.dumps(body_of(i))
     alone[key] = alone.get(key) or Client(service).complete(**body_of(i))["choices"][0]["text"]
     if i % 2:
-      parts = [json.loads(p[6:]) for p in answer.text.split("\n\n")[:-2]]
-      text = "".join(p["choices"][0]["text"] for p in parts)
-      assert parts[-1]["choices"][0]["finish_reason"] == "length"
+      chunks = [json.loads(p[6:]) for p in response.text.split("\n\n")[:-2]]
+      text = "".join(p["choices"][0]["text"] for p in chunks)
+      assert chunks[-1]["choices"][0]["finish_reason"] == "length"
     else:
-      text = answer.json()["choices"][0]["text"]
+      text = response.json()["choices"][0]["text"]
     assert text == alone[key]
   settle(service.engine)
   assert service.engine.status()["failures"] == 0
 
 
 @pytest.fixture
-def slowly(service, monkeypatch):
-  """Makes a request last, so that its end can be told from its being cancelled."""
+def slow_steps(service, monkeypatch):
+  """Makes every step slow, so that the end of a request differs in time from its cancellation."""
   step = service.engine._slots.step
 
   def slow(*args):
@@ -89,8 +89,8 @@ def slowly(service, monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_leaves_frees_the_slot(service, address, slowly, stream):
-  """Without a word: the connection is closed while the request runs, others wait."""
+def test_a_disconnect_frees_the_slot(service, address, slow_steps, stream):
+  """The connections are closed while some requests run and others wait."""
   settle(service.engine)
   host, port = address.removeprefix("http://").split(":")
   body = json.dumps({"prompt": "a", "max_tokens": 30, "stream": stream}).encode()
@@ -104,8 +104,8 @@ def test_who_leaves_frees_the_slot(service, address, slowly, stream):
   if stream:
     assert sockets[0].recv(15) == b"HTTP/1.1 200 OK"
   begin = time.monotonic()
-  for each in sockets:
-    each.close()
+  for connection in sockets:
+    connection.close()
   settle(service.engine)
   assert time.monotonic() - begin < 30 * STEP / 2  # to the end it takes longer than this
   assert service.engine.status()["failures"] == 0
@@ -116,14 +116,14 @@ def wait_for(condition):
     if condition():
       return
     time.sleep(0.01)
-  pytest.fail("waited half a minute for nothing")
+  pytest.fail("the condition did not hold within half a minute")
 
 
-def test_what_is_not_http_is_400(address):
+def test_bytes_that_are_not_http_get_400(address):
   host, port = address.removeprefix("http://").split(":")
-  with socket.create_connection((host, int(port)), timeout=60) as plain:
-    plain.sendall(b"\x00\xff rubbish\r\n\r\n")
-    assert b" 400 " in plain.recv(100)
+  with socket.create_connection((host, int(port)), timeout=60) as connection:
+    connection.sendall(b"\x00\xff rubbish\r\n\r\n")
+    assert b" 400 " in connection.recv(100)
 
 
 @pytest.fixture
@@ -143,10 +143,10 @@ def page(address):
 
 
 def test_the_page_shows_tokens_coloured_by_gate(address, page):
-  """Typed into and clicked on in Chromium, without a complaint from it."""
-  complaints = []
-  page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
-  page.on("pageerror", lambda error: complaints.append(str(error)))
+  """Filled in and clicked in Chromium, which logs no error."""
+  errors = []
+  page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+  page.on("pageerror", lambda error: errors.append(str(error)))
   expect(page).to_have_title("small")
   page.fill("#prompt", "the cap")
   page.fill("#tokens", "12")
@@ -170,10 +170,10 @@ def test_the_page_shows_tokens_coloured_by_gate(address, page):
   page.select_option("#memory", "1")
   spans = page.eval_on_selector_all("#text span", "all => all.map(s => s.style.backgroundColor)")
   assert [opacity(s) for s in spans] == pytest.approx([t["gates"][1] for t in tokens], abs=0.01)
-  assert complaints == []
+  assert errors == []
 
 
-def test_the_page_says_what_is_wrong_and_stops_when_told(service, page, slowly):
+def test_the_page_shows_errors_and_can_stop(service, page, slow_steps):
   expect(page).to_have_title("small")
   page.fill("#prompt", "")
   page.click("#go")
@@ -188,5 +188,5 @@ def test_the_page_says_what_is_wrong_and_stops_when_told(service, page, slowly):
   settle(service.engine)
 
 
-def test_the_queue_is_smaller_than_the_crowd():
+def test_the_queue_is_smaller_than_the_number_of_clients():
   assert QUEUE + SLOTS < CLIENTS

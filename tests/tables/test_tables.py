@@ -59,7 +59,7 @@ def every_id() -> dict[int, np.ndarray]:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_placement_trains_the_same_rows(quick, tmp_path, optimizer):
+def test_every_placement_trains_the_same_rows(tmp_path, optimizer):
   found = {}
   for placement in PLACEMENTS[: 2 if optimizer == "adam_catch_up" else 3]:
     with make(placement, tmp_path, optimizer) as tables:
@@ -75,7 +75,7 @@ def test_every_placement_trains_the_same_rows(quick, tmp_path, optimizer):
     assert len(moved) > 0.9 * len(touched)
 
 
-def test_under_one_jit_and_outside_of_it_are_the_same(quick, tmp_path):
+def test_under_one_jit_and_outside_of_it_are_the_same(tmp_path):
   tables = make("device", tmp_path, "adam_catch_up")
   weights = jax.random.normal(jax.random.key(0), (B, T, 4, C))
 
@@ -90,7 +90,7 @@ def test_under_one_jit_and_outside_of_it_are_the_same(quick, tmp_path):
   chex.assert_trees_all_close(one, two, atol=1e-6)
 
 
-def test_expanded_rows_are_those_of_the_table(quick, tmp_path):
+def test_expanded_rows_are_those_of_the_table(tmp_path):
   for placement in PLACEMENTS:
     with make(placement, tmp_path) as tables:
       state, ids = tables.init(KEY), ids_at(0)
@@ -108,7 +108,7 @@ def test_rows_are_those_of_init_table(tmp_path):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_step_that_is_not_ok_leaves_all_as_it_was(quick, tmp_path, placement):
+def test_a_step_that_is_not_ok_leaves_all_as_it_was(tmp_path, placement):
   with make(placement, tmp_path) as tables:
     state = trained(tables, range(2))
     before, count = every_row(tables, state), jax.device_get(state.optimizer[0].count)
@@ -118,7 +118,7 @@ def test_a_step_that_is_not_ok_leaves_all_as_it_was(quick, tmp_path, placement):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sinkhorn"])
-def test_scale_multiplies_the_learning_rate_of_a_step(quick, tmp_path, optimizer):
+def test_scale_multiplies_the_learning_rate_of_a_step(tmp_path, optimizer):
   tables = make("device", tmp_path, optimizer)
   start = every_row(tables, tables.init(KEY))
   one, half = (every_row(tables, trained(tables, [0], scale=s)) for s in (None, 0.5))
@@ -126,7 +126,7 @@ def test_scale_multiplies_the_learning_rate_of_a_step(quick, tmp_path, optimizer
     np.testing.assert_allclose(half[n] - start[n], (one[n] - start[n]) / 2, atol=1e-7)
 
 
-def test_grad_scale_multiplies_the_gradients(quick, tmp_path):
+def test_grad_scale_multiplies_the_gradients(tmp_path):
   tables = make("device", tmp_path, "adagrad")
   one, zero = (trained(tables, [0], grad_scale=s) for s in (1.0, 0.0))
   twice = trained(tables, [0], grad_scale=2.0)
@@ -150,7 +150,7 @@ def test_row_ids_are_asked_for_every_layer_with_a_table(tmp_path):
 
 @pytest.mark.parametrize("saved", PLACEMENTS)
 @pytest.mark.parametrize("restored", PLACEMENTS)
-def test_a_state_goes_on_under_any_placement(quick, tmp_path, saved, restored):
+def test_a_state_goes_on_under_any_placement(tmp_path, saved, restored):
   rest = {"params": {"w": jnp.arange(3.0)}, "step": jnp.int32(2)}
   with make("device", tmp_path) as tables:
     expected = every_row(tables, trained(tables))

@@ -11,6 +11,6 @@ OTHERS = [(t, p) for t in golden_steps.TABLES for p in ("device", "host") if (t,
   ("table", "placement"),
   [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)],
 )
-def test_first_steps(quick, table, placement):
+def test_first_steps(table, placement):
   found = golden_steps.run(table, placement)
   golden_steps.assert_close(found, golden_steps.golden(table, placement))

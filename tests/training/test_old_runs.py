@@ -15,12 +15,12 @@ from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.mesh import make_mesh
 from engram_jax.core.run_directory import CHECKPOINTS, open_run
 from engram_jax.data.pipeline import prepare
-from engram_jax.inference.completion import encode
-from engram_jax.inference.decoder import Decoder, continuations
+from engram_jax.inference.completion import encode_prompts
+from engram_jax.inference.decoder import Decoder, generate_tokens
 from engram_jax.inference.load import PlacementArgs, load_model
 from engram_jax.inference.sampling import Sampling
 from engram_jax.serve.engine import Engine
-from engram_jax.serve.request import Done, Job, Token
+from engram_jax.serve.request import Finished, Request, Token
 from engram_jax.training.state import make_setup, restore_state, save_state
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -85,19 +85,19 @@ def test_a_run_evaluates_to_what_it_did(old, lab):
     assert result[memory]["loss"] == pytest.approx(loss, abs=1e-6)
 
 
-def test_a_run_serves(old, quick):
+def test_a_run_serves(old):
   _, run = old
   loaded = load_model(run, None, lambda _: None)
   with contextlib.ExitStack() as stack:
-    source = loaded.source(stack, PlacementArgs(placement="host"))
+    source = loaded.open_row_source(stack, PlacementArgs(placement="host"))
     decoder = Decoder(loaded.weights, source, 32)
-    (prompt,) = encode(loaded.tokenizer, ["The row"])
-    expected = [int(t[0]) for t in continuations(decoder, [prompt], [Sampling()], 4)]
+    (prompt,) = encode_prompts(loaded.tokenizer, ["The row"])
+    expected = [int(t[0]) for t in generate_tokens(decoder, [prompt], [Sampling()], 4)]
     engine = stack.enter_context(Engine(decoder, loaded.tokenizer, slots=2))
     events: queue.SimpleQueue = queue.SimpleQueue()
-    engine.submit([Job(tuple(prompt), 4, Sampling())], lambda _, event: events.put(event))
+    engine.submit([Request(tuple(prompt), 4, Sampling())], lambda _, event: events.put(event))
     tokens = []
     while isinstance(event := events.get(timeout=300), Token):
       tokens.append(event.id)
-    assert isinstance(event, Done)
+    assert isinstance(event, Finished)
     assert tokens == expected

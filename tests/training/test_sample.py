@@ -12,7 +12,7 @@ import tokenizers
 
 from engram_jax.config import load_config
 from engram_jax.errors import ConfigError
-from engram_jax.inference.completion import encode
+from engram_jax.inference.completion import encode_prompts
 from engram_jax.memory.compress import TokenCompressor
 from engram_jax.memory.hash_layout import HashLayout
 from engram_jax.memory.table import lookup
@@ -81,7 +81,7 @@ def test_prompts_are_tokenised_as_text_was_for_training(speaker):
   """Whatever a tokenizer would put around them; in both forms of generation."""
   tokenizer = speaker.vocabulary.tokenizer
   assert tokenizer.encode("a b").ids == [7, 5, 6]
-  assert encode(tokenizer, ["a b", "b"]) == [[5, 6], [6]]
+  assert encode_prompts(tokenizer, ["a b", "b"]) == [[5, 6], [6]]
   read = []
 
   def next_logits(params, biases, rows, tokens_BT, last_B):

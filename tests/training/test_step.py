@@ -147,7 +147,7 @@ def test_memory_off_is_a_table_of_zeros(world):
       seen.append(step(*args))
       return seen[-1]
 
-    evaluate(seen_step, setup, state, [batch], data.token_bytes, data.sources, memory=memory)
+    evaluate(seen_step, setup, state, [batch], data.token_bytes, data.source_names, memory=memory)
     (nll_BT,) = seen
     return np.asarray(nll_BT)
 

@@ -1,9 +1,8 @@
-"""FileRows: tables in a file on disk, of which a fetch reads only the rows it is asked for.
+"""FileRows: tables in a file on disk, of which a fetch reads only its rows.
 
-The file is mapped with random-access advice (read-ahead would read many rows for each one wanted)
-and read by threads, so that a fetch keeps as many requests before the disk as there are threads.
-Nothing is kept beyond what the system's page cache keeps; how much of that this process has mapped
-at once is bounded.
+The file is mapped with random-access advice (read-ahead would read many rows for each one needed)
+and read by threads, so that a fetch has as many requests at the disk as there are threads. Rows are
+cached only by the system's page cache; the part of it that this process maps at once is bounded.
 """
 
 import concurrent.futures
@@ -18,15 +17,16 @@ import numpy as np
 
 from engram_jax.errors import StorageError
 from engram_jax.inference.stores import table_file
-from engram_jax.inference.stores.base import RowStore, seconds_left
+from engram_jax.inference.stores.base import RowStore, remaining_seconds
 from engram_jax.inference.stores.host import HostRows, read_rows
 from engram_jax.memory.codecs import decode, row_bytes, unpack
 
 THREADS = 32
 MAPPED_BYTES = 256 << 20
-_FEWEST, _MOST = 4, 4096  # rows that one thread reads at a time
-_AT_ONCE = 64  # rows that are tried without threads: handing them over takes longer than reading
-_SAMPLE, _WARM = 16, 4096  # rows that tell whether the rest is in memory; then so many a thread
+_MIN_CHUNK, _MAX_CHUNK = 4, 4096  # rows that one thread reads at a time
+_INLINE_ROWS = 64  # tried without threads: handing them over takes longer than reading
+_SAMPLE_ROWS = 16  # read to find out if the rest is in the page cache
+_CACHED_CHUNK = 4096  # rows that one thread reads at a time if so
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # fail rather than wait for the disk (Linux)
 _PAGE = 4096
 
@@ -34,9 +34,9 @@ _PAGE = 4096
 class FileRows(RowStore):
   """The rows of a table file, decoded as they are fetched.
 
-  The file must stay as it is while it is open: a fetch that finds its size or time of change to be
-  others raises StorageError, whatever it has read. (One that is cut at the very moment of a read
-  ends the process, as the system does with all mapped files.)
+  The file must not change while it is open: a fetch that finds another size or modification time
+  raises StorageError, whatever it has read. (A file truncated during a read ends the process, as
+  the system does with all mapped files.)
   """
 
   level = "file"
@@ -49,15 +49,15 @@ class FileRows(RowStore):
     threads: int = THREADS,
     mapped_bytes: int = MAPPED_BYTES,
   ):
-    """Opens a file that `write_table_file` made, reading its header alone.
+    """Opens a file that `write_table_file` wrote and reads its header alone.
 
     Args:
       dtype: of fetched rows, float32 or bfloat16.
       threads: reads that may wait for the disk at once.
-      mapped_bytes: of the file's pages this process holds on to, about; the rest stays with the
-        system. No limit to what can be fetched at once.
+      mapped_bytes: about how many bytes of the file's pages this process keeps mapped; a fetch may
+        be larger.
 
-    Raises StorageError for a file that is missing, damaged or none of ours; ValueError for numbers
+    Raises StorageError for a file that is missing, damaged or no table file; ValueError for numbers
     below 1.
     """
     if threads < 1 or mapped_bytes < 1:
@@ -74,20 +74,20 @@ class FileRows(RowStore):
     except BaseException:
       self._file.close()
       raise
-    self._unchanged = self._state()
+    self._opened_stat = self._stat()
     self._row_pages = 1 + row_bytes(self.header.kind, self.width) // _PAGE
     self._mapped_pages, self._lock, self._pages = mapped_bytes // _PAGE, threading.Lock(), 0
     self._pool = concurrent.futures.ThreadPoolExecutor(threads, "rows-file")
     self._threads = threads
 
   def verify(self) -> None:
-    """Reads the whole file and compares its checksums; StorageError naming what has changed."""
+    """Reads the complete file and compares its checksums; StorageError names changed rows."""
     with open(self.path, "rb") as file:
       header, _ = table_file.read_header(file, str(self.path))
       table_file.verify(file, header, str(self.path))
 
   def in_memory(self) -> HostRows:
-    """All rows, still encoded, in host memory."""
+    """Copies all rows, still encoded, to host memory."""
     self._require_open()
     packed = [
       np.fromfile(self.path, np.uint8, table.bytes, offset=table.offset).reshape(table.rows, -1)
@@ -100,7 +100,7 @@ class FileRows(RowStore):
     )
 
   def drop_page_cache(self) -> None:
-    """Asks the system to forget the file's pages, so that the next reads come from the disk."""
+    """Asks the system to drop the file's pages, so that the next reads come from the disk."""
     self._require_open()
     self._unmap_pages()
     os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -111,7 +111,8 @@ class FileRows(RowStore):
       return
     super().close()
     self._pool.shutdown(cancel_futures=True)
-    self._tables = self._mapping = None  # unmapped with the last view: an exception may hold one
+    self._tables = ()
+    del self._mapping  # unmapped with the last view of it: an exception may hold one
     self._file.close()
 
   def _map(self) -> tuple[np.ndarray, ...]:
@@ -124,32 +125,32 @@ class FileRows(RowStore):
     )
 
   def _unmap_pages(self) -> None:
-    """Gives all mapped pages back to the system, which may keep them in its cache."""
+    """Unmaps all pages; the system may keep them in its page cache."""
     self._mapping.madvise(mmap.MADV_DONTNEED)
 
-  def _state(self) -> tuple[int, int]:
-    found = os.fstat(self._file.fileno())
-    return found.st_size, found.st_mtime_ns
+  def _stat(self) -> tuple[int, int]:
+    stat = os.fstat(self._file.fileno())
+    return stat.st_size, stat.st_mtime_ns
 
   def _require_unchanged(self) -> None:
-    if self._state() != self._unchanged:
+    if self._stat() != self._opened_stat:
       raise StorageError(f"{self.path} has changed since it was opened: open it again")
 
-  def _read(self, ids_by_layer, outs, until):
-    seconds_left(until)
+  def _read(
+    self, ids_by_layer: Sequence[np.ndarray], outs: Sequence[np.ndarray], until: float | None
+  ) -> None:
+    remaining_seconds(until)
     self._require_unchanged()
     begin, rows = time.perf_counter(), sum(map(len, ids_by_layer))
-    if not _NOWAIT or rows > _AT_ONCE or not self._without_waiting(ids_by_layer, outs):
-      pieces = list(self._pieces(ids_by_layer, outs))
-      self._wait([self._pool.submit(self._piece, *piece) for piece in pieces], until)
+    if not _NOWAIT or rows > _INLINE_ROWS or not self._read_cached(ids_by_layer, outs):
+      chunks = list(self._chunks(ids_by_layer, outs))
+      self._wait([self._pool.submit(self._read_chunk, *chunk) for chunk in chunks], until)
     self._require_unchanged()
     size = rows * row_bytes(self.header.kind, self.width)
     self.telemetry.add(hits=rows, bytes=size, seconds=time.perf_counter() - begin)
 
-  def _without_waiting(
-    self, ids_by_layer: Sequence[np.ndarray], outs: Sequence[np.ndarray]
-  ) -> bool:
-    """Reads the rows in this thread if the system has them all in memory; False if not."""
+  def _read_cached(self, ids_by_layer: Sequence[np.ndarray], outs: Sequence[np.ndarray]) -> bool:
+    """Reads the rows in this thread if all are in the page cache; returns False if not."""
     size, file = row_bytes(self.header.kind, self.width), self._file.fileno()
     for table, ids, out in zip(self.header.tables, ids_by_layer, outs, strict=True):
       packed = np.empty((len(ids), size), np.uint8)
@@ -157,38 +158,39 @@ class FileRows(RowStore):
         for row, i in zip(packed, ids.tolist(), strict=True):
           if os.preadv(file, [row.data], table.offset + i * size, _NOWAIT) != size:
             return False
-      except OSError:  # not in memory, or a file system that cannot say: the threads will read
+      except OSError:  # not in memory, or no RWF_NOWAIT on this file system
         return False
       out[:] = decode(*unpack(packed, self.header.kind, self.width), self.header.kind)
     return True
 
-  def _pieces(
+  def _chunks(
     self, ids_by_layer: Sequence[np.ndarray], outs: Sequence[np.ndarray]
   ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(table, ids, out) for one thread each, all of about one size."""
+    """Yields (table, ids, out) for one thread each, all of about the same size."""
     total = sum(map(len, ids_by_layer))
-    size = min(max(-(-total // self._threads), _FEWEST), _MOST)
-    if self._seem_in_memory(ids_by_layer):  # nothing to wait for side by side
-      size = max(size, _WARM)
+    size = min(max(-(-total // self._threads), _MIN_CHUNK), _MAX_CHUNK)
+    if self._seem_cached(ids_by_layer):  # no reads to overlap
+      size = max(size, _CACHED_CHUNK)
     for table, ids, out in zip(self._tables, ids_by_layer, outs, strict=True):
       for start in range(0, len(ids), size):
         yield table, ids[start : start + size], out[start : start + size]
 
-  def _seem_in_memory(self, ids_by_layer: Sequence[np.ndarray]) -> bool:
-    """Whether the system has a few of the rows, spread over all of them, in memory."""
-    few = [ids[:: max(1, len(ids) // _SAMPLE)] for ids in ids_by_layer]
-    outs = [np.empty((len(ids), self.width), self.dtype) for ids in few]
-    return bool(_NOWAIT) and self._without_waiting(few, outs)
+  def _seem_cached(self, ids_by_layer: Sequence[np.ndarray]) -> bool:
+    """Returns True if a sample of the rows is in the page cache."""
+    sample = [ids[:: max(1, len(ids) // _SAMPLE_ROWS)] for ids in ids_by_layer]
+    outs = [np.empty((len(ids), self.width), self.dtype) for ids in sample]
+    return bool(_NOWAIT) and self._read_cached(sample, outs)
 
-  def _piece(self, table: np.ndarray, ids: np.ndarray, out: np.ndarray) -> None:
+  def _read_chunk(self, table: np.ndarray, ids: np.ndarray, out: np.ndarray) -> None:
     read_rows(table, ids, out, self.header.kind)
-    self._touched(len(ids))
+    self._count_mapped(len(ids))
 
   def _wait(self, reads: list[concurrent.futures.Future], until: float | None) -> None:
+    """Waits for all reads; cancels the rest when one fails or the deadline passes."""
     late = reads
     try:
       _, late = concurrent.futures.wait(
-        reads, timeout=seconds_left(until), return_when=concurrent.futures.FIRST_EXCEPTION
+        reads, timeout=remaining_seconds(until), return_when=concurrent.futures.FIRST_EXCEPTION
       )
       for read in reads:
         if read not in late:
@@ -203,8 +205,8 @@ class FileRows(RowStore):
         f"{self.path}: {len(late)} of {len(reads)} reads were late: the deadline has passed"
       )
 
-  def _touched(self, rows: int) -> None:
-    """Keeps the process small: pages that were read count as its own while they are mapped."""
+  def _count_mapped(self, rows: int) -> None:
+    """Unmaps all pages when many are mapped: mapped pages count as memory of this process."""
     with self._lock:
       self._pages += rows * self._row_pages
       full = self._pages > self._mapped_pages

@@ -1,4 +1,7 @@
-"""HostRows: tables in host memory, in any row encoding."""
+"""HostRows: tables in host memory, in any row encoding.
+
+Local letters: N, ids of one layer.
+"""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -6,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from engram_jax.errors import StorageError
-from engram_jax.inference.stores.base import RowStore, seconds_left
+from engram_jax.inference.stores.base import RowStore, remaining_seconds
 from engram_jax.memory.codecs import decode, encode, pack, row_bytes, unpack
 from engram_jax.memory.hash_layout import HashLayout
 
@@ -28,10 +31,10 @@ class HostRows(RowStore):
     width: int,
     dtype: np.typing.DTypeLike = np.float32,
   ):
-    """Takes over `packed`, one array per layer of `layout`, as memory/codecs.py's `pack` made them.
+    """Keeps `packed`, one array per layer of `layout`, as `pack` of memory/codecs.py makes them.
 
-    Rows past a layer's own are padding and never read. Raises ValueError for arrays that do not
-    fit the layout.
+    Rows past the end of a layer are padding and never read. Raises ValueError for arrays that do
+    not fit the layout.
     """
     super().__init__(layout, token_map_digest, width, dtype)
     if len(packed) != len(self.layers):
@@ -45,7 +48,7 @@ class HostRows(RowStore):
         )
     self.kind = kind
     self._packed = tuple(packed)
-    self._plain = kind == "f32" and self.dtype == np.float32
+    self._is_float32 = kind == "f32" and self.dtype == np.float32
 
   @classmethod
   def from_tables(
@@ -57,11 +60,11 @@ class HostRows(RowStore):
     kind: str = "f32",
     dtype: np.typing.DTypeLike = np.float32,
   ) -> "HostRows":
-    """Tables [R or more, C] of any float type; see `from_blocks`."""
-    table_of = dict(zip(layout.layers, tables, strict=True))
+    """Packs tables [R or more, C] of any float type; see `from_blocks`."""
+    table_by_layer = dict(zip(layout.layers, tables, strict=True))
 
     def blocks(layer: int) -> Iterator[np.ndarray]:
-      table, rows = table_of[layer], layout.rows[layer]
+      table, rows = table_by_layer[layer], layout.rows[layer]
       return (np.asarray(table[i : min(i + BLOCK_ROWS, rows)]) for i in range(0, rows, BLOCK_ROWS))
 
     width = tables[0].shape[1]
@@ -78,31 +81,38 @@ class HostRows(RowStore):
     kind: str = "f32",
     dtype: np.typing.DTypeLike = np.float32,
   ) -> "HostRows":
-    """What `blocks` gives for a layer's id: its rows in order, [n, C] of any float type and any n.
+    """Packs the rows that `blocks` returns for a layer's id, in order, in blocks [N, C] of any
+    float type and any N.
 
-    Nothing is held but the packed rows and one block. Raises StorageError for rows that are not
-    finite.
+    Only the packed rows and one block are held. Raises StorageError for rows that are not finite.
     """
-    packed = [
-      _packed(layer, blocks(layer), layout.rows[layer], kind, width) for layer in layout.layers
-    ]
-    return cls(packed, layout, token_map_digest, kind=kind, width=width, dtype=dtype)
+    tables = []
+    for layer in layout.layers:
+      rows, start = layout.rows[layer], 0
+      table = np.empty((rows, row_bytes(kind, width)), np.uint8)
+      for packed in pack_blocks(layer, blocks(layer), rows, kind):
+        table[start : start + len(packed)] = packed
+        start += len(packed)
+      tables.append(table)
+    return cls(tables, layout, token_map_digest, kind=kind, width=width, dtype=dtype)
 
   @property
   def bytes(self) -> int:
-    """Of the packed rows."""
+    """Bytes of the packed rows."""
     return sum(table.nbytes for table in self._packed)
 
-  def _distinct_first(self) -> bool:
-    return not self._plain
+  def _reads_distinct(self) -> bool:
+    return not self._is_float32
 
-  def _read(self, ids_by_layer, outs, until):
+  def _read(
+    self, ids_by_layer: Sequence[np.ndarray], outs: Sequence[np.ndarray], until: float | None
+  ) -> None:
     begin = time.perf_counter()
     for table, ids, out in zip(self._packed, ids_by_layer, outs, strict=True):
       for start in range(0, len(ids), BLOCK_ROWS):
-        seconds_left(until)
-        some = slice(start, start + BLOCK_ROWS)
-        read_rows(table, ids[some], out[some], self.kind)
+        remaining_seconds(until)
+        block = slice(start, start + BLOCK_ROWS)
+        read_rows(table, ids[block], out[block], self.kind)
     rows = sum(map(len, ids_by_layer))
     size = rows * row_bytes(self.kind, self.width)
     self.telemetry.add(hits=rows, bytes=size, seconds=time.perf_counter() - begin)
@@ -117,17 +127,18 @@ def read_rows(packed: np.ndarray, ids_N: np.ndarray, out_NC: np.ndarray, kind: s
     out_NC[:] = decode(*unpack(rows, kind, out_NC.shape[1]), kind)
 
 
-def _packed(
-  layer: int, blocks: Iterable[np.ndarray], rows: int, kind: str, width: int
-) -> np.ndarray:
-  out, at = np.empty((rows, row_bytes(kind, width)), np.uint8), 0
+def pack_blocks(
+  layer: int, blocks: Iterable[np.ndarray], rows: int, kind: str
+) -> Iterator[np.ndarray]:
+  """Yields packed rows, uint8 [n, row_bytes] with n at most BLOCK_ROWS, of blocks of a layer's
+  rows; StorageError for rows that are not finite."""
+  start = 0
   for block in blocks:
-    for start in range(0, len(block), BLOCK_ROWS):
-      some = np.asarray(block[start : start + BLOCK_ROWS], np.float32)
+    for i in range(0, len(block), BLOCK_ROWS):
+      part = np.asarray(block[i : i + BLOCK_ROWS], np.float32)
       try:
-        out[at : at + len(some)] = pack(*encode(some, kind))
+        yield pack(*encode(part, kind))
       except ValueError as error:
-        raise StorageError(f"layer {layer}, from row {at} on: {error}") from None
-      at += len(some)
-  assert at == rows, f"layer {layer}: {at} rows were given for {rows}"
-  return out
+        raise StorageError(f"layer {layer}, from row {start} on: {error}") from None
+      start += len(part)
+  assert start == rows, f"layer {layer}: {start} rows were given for {rows}"

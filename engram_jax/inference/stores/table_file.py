@@ -33,12 +33,12 @@ BLOCK = 1 << 20  # bytes behind one checksum
 _UNKNOWN = "0" * 64  # stands for a digest while the file is written
 
 
-class _Part(pydantic.BaseModel):
+class _StrictModel(pydantic.BaseModel):
   model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Table(_Part):
-  """One layer's rows."""
+class TableEntry(_StrictModel):
+  """The position of one layer's rows in the file."""
 
   layer: int
   rows: int = pydantic.Field(gt=0)
@@ -47,15 +47,16 @@ class Table(_Part):
 
   @property
   def end(self) -> int:
+    """Offset of the first byte after the rows."""
     return self.offset + self.bytes
 
 
-class TableHeader(_Part):
-  """What the JSON holds. Multipliers of the hash are strings: they exceed 2^53."""
+class TableHeader(_StrictModel):
+  """The JSON of the header. Multipliers of the hash are strings: they exceed 2^53."""
 
   kind: str
   width: int = pydantic.Field(gt=0)
-  tables: list[Table] = pydantic.Field(min_length=1)
+  tables: list[TableEntry] = pydantic.Field(min_length=1)
   hash_layout: dict[str, Any]
   token_map_digest: str
   checksums_offset: int
@@ -79,7 +80,7 @@ class TableHeader(_Part):
     header = cls(
       kind=kind,
       width=width,
-      tables=[Table(layer=x, rows=layout.rows[x], offset=0, bytes=1) for x in layout.layers],
+      tables=[TableEntry(layer=x, rows=layout.rows[x], offset=0, bytes=1) for x in layout.layers],
       hash_layout=layout.describe(),
       token_map_digest=token_map_digest,
       checksums_offset=0,
@@ -87,30 +88,30 @@ class TableHeader(_Part):
       file_bytes=0,
       source=source or {},
     )
-    room = 128 * (len(header.tables) + 1)  # its numbers have more digits in the end
-    at, tables = _aligned(len(header.to_bytes()) + room), []
+    margin = 128 * (len(header.tables) + 1)  # its numbers have more digits in the end
+    offset, tables = _aligned(len(header.to_bytes()) + margin), []
     for table in header.tables:
       size = table.rows * row_bytes(kind, width)
-      tables.append(table.model_copy(update={"offset": at, "bytes": size}))
-      at = _aligned(at + size)
-    end = at + 4 * -(-(at - tables[0].offset) // BLOCK)
-    sizes = {"tables": tables, "checksums_offset": at, "file_bytes": end}
+      tables.append(table.model_copy(update={"offset": offset, "bytes": size}))
+      offset = _aligned(offset + size)
+    end = offset + 4 * -(-(offset - tables[0].offset) // BLOCK)
+    sizes = {"tables": tables, "checksums_offset": offset, "file_bytes": end}
     return header.model_copy(update=sizes)
 
   @property
-  def data(self) -> tuple[int, int]:
-    """Where the checked bytes begin and end."""
+  def data_range(self) -> tuple[int, int]:
+    """Offsets of the first checksummed byte and of the one after the last."""
     return self.tables[0].offset, self.checksums_offset
 
   def layout(self) -> HashLayout:
     """The hash layout, its constants rebuilt; ValueError where they differ from the stored ones."""
-    described = self.hash_layout
+    description = self.hash_layout
     # Before any prime is searched: a header of a few bytes must not ask for a billion of them.
-    counts = [len(heads) for orders in described["primes"].values() for heads in orders]
-    orders = (described["max_ngram"] - 1) * len(described["layers"])
-    if not 0 < len(counts) == orders or set(counts) != {described["heads"]}:
+    counts = [len(heads) for orders in description["primes"].values() for heads in orders]
+    orders = (description["max_ngram"] - 1) * len(description["layers"])
+    if not 0 < len(counts) == orders or set(counts) != {description["heads"]}:
       raise ValueError("its primes are not one for each layer, order and head")
-    return HashLayout.from_description(described)
+    return HashLayout.from_description(description)
 
   def to_bytes(self) -> bytes:
     """The file's first bytes: prefix and JSON."""
@@ -124,33 +125,34 @@ class Checksums:
   """CRC-32 of each BLOCK of a stream of bytes."""
 
   def __init__(self) -> None:
-    self._done: list[int] = []
-    self._crc = self._filled = 0
+    self._blocks: list[int] = []
+    self._crc = self._size = 0  # of the block that is not complete
 
   def add(self, data: memoryview) -> None:
-    """The next bytes, however many."""
+    """Adds the next bytes, however many."""
     while len(data):
-      some = data[: BLOCK - self._filled]
-      self._crc, self._filled = zlib.crc32(some, self._crc), self._filled + len(some)
-      data = data[len(some) :]
-      if self._filled == BLOCK:
-        self._end()
+      part = data[: BLOCK - self._size]
+      self._crc, self._size = zlib.crc32(part, self._crc), self._size + len(part)
+      data = data[len(part) :]
+      if self._size == BLOCK:
+        self._end_block()
 
   def to_bytes(self) -> bytes:
-    """u32 of each block; the last may be shorter."""
-    if self._filled:
-      self._end()
-    return np.array(self._done, "<u4").tobytes()
+    """u32 of each block; the last block may be shorter."""
+    if self._size:
+      self._end_block()
+    return np.array(self._blocks, "<u4").tobytes()
 
-  def _end(self) -> None:
-    self._done.append(self._crc)
-    self._crc = self._filled = 0
+  def _end_block(self) -> None:
+    self._blocks.append(self._crc)
+    self._crc = self._size = 0
 
 
 def read_header(file: BinaryIO, name: str) -> tuple[TableHeader, HashLayout]:
-  """The header of an open file and its hash layout; the tables are not read.
+  """Reads the header of an open file and its hash layout, but not the tables.
 
-  Raises StorageError, in one line that begins with `name`, for whatever no writer of ours left.
+  Raises StorageError, in one line that begins with `name`, for anything that `write_table_file` did
+  not write.
   """
   size = os.fstat(file.fileno()).st_size
   try:
@@ -172,19 +174,19 @@ def read_header(file: BinaryIO, name: str) -> tuple[TableHeader, HashLayout]:
 
 
 def verify(file: BinaryIO, header: TableHeader, name: str) -> None:
-  """Reads the whole file; StorageError naming the first layer and rows that have changed."""
-  start, end = header.data
+  """Reads the complete file; StorageError names the first layer and rows that have changed."""
+  start, end = header.data_range
   expected = _read(file, end, header.file_bytes - end, name)
   if hashlib.sha256(expected).hexdigest() != header.checksums_sha256:
     raise StorageError(f"{name} is damaged: its checksums have changed")
   checksums = np.frombuffer(expected, "<u4")
-  for at, checksum in zip(range(start, end, BLOCK), checksums, strict=True):
-    if zlib.crc32(_read(file, at, min(BLOCK, end - at), name)) != checksum:
-      raise StorageError(f"{name} is damaged: {_where(header, at)} have changed")
+  for offset, checksum in zip(range(start, end, BLOCK), checksums, strict=True):
+    if zlib.crc32(_read(file, offset, min(BLOCK, end - offset), name)) != checksum:
+      raise StorageError(f"{name} is damaged: {_describe_block(header, offset)} have changed")
 
 
 class _Damaged(Exception):
-  """Why a file is none of ours."""
+  """The reason why a file is not a valid table file."""
 
 
 def _header_text(file: BinaryIO, size: int) -> bytes:
@@ -207,42 +209,42 @@ def _header_text(file: BinaryIO, size: int) -> bytes:
 def _require_consistent(header: TableHeader, layout: HashLayout) -> None:
   if header.kind not in KINDS:
     raise ValueError(f"no row encoding {header.kind!r}")
-  found = [(table.layer, table.rows) for table in header.tables]
-  wanted = [(layer, layout.rows[layer]) for layer in layout.layers]
-  if found != wanted:
-    raise ValueError(f"tables {found} where the hash layout has {wanted} (layer, rows)")
-  at = len(header.to_bytes())
+  actual = [(table.layer, table.rows) for table in header.tables]
+  expected = [(layer, layout.rows[layer]) for layer in layout.layers]
+  if actual != expected:
+    raise ValueError(f"tables {actual} where the hash layout has {expected} (layer, rows)")
+  offset = len(header.to_bytes())
   for table in header.tables:
-    if table.offset % ALIGN or table.offset < at:
+    if table.offset % ALIGN or table.offset < offset:
       raise ValueError(f"layer {table.layer} starts at byte {table.offset}")
     if table.bytes != table.rows * row_bytes(header.kind, header.width):
       raise ValueError(f"layer {table.layer} has {table.bytes} bytes for {table.rows} rows")
-    at = table.end
-  start, end = header.data
-  if end != _aligned(at) or header.file_bytes != end + 4 * -(-(end - start) // BLOCK):
+    offset = table.end
+  start, end = header.data_range
+  if end != _aligned(offset) or header.file_bytes != end + 4 * -(-(end - start) // BLOCK):
     raise ValueError(f"checksums lie at {end}, and the file ends at {header.file_bytes}")
 
 
-def _where(header: TableHeader, at: int) -> str:
-  """The rows that share the block of checked bytes at this offset, in words."""
-  size, end = row_bytes(header.kind, header.width), at + BLOCK
-  touched = [t for t in header.tables if t.offset < end and t.end > at]
+def _describe_block(header: TableHeader, offset: int) -> str:
+  """Names the rows that share the checksummed block at this offset."""
+  size, end = row_bytes(header.kind, header.width), offset + BLOCK
   parts = [
-    f"layer {t.layer} rows {max(0, at - t.offset) // size} to "
+    f"layer {t.layer} rows {max(0, offset - t.offset) // size} to "
     f"{min(t.rows, -(-(min(end, t.end) - t.offset) // size)) - 1}"
-    for t in touched
+    for t in header.tables
+    if t.offset < end and t.end > offset
   ]
   return " or ".join(parts) if parts else "bytes between tables"
 
 
-def _read(file: BinaryIO, at: int, size: int, name: str) -> bytes:
+def _read(file: BinaryIO, offset: int, size: int, name: str) -> bytes:
   try:
-    file.seek(at)
+    file.seek(offset)
     data = file.read(size)
   except OSError as error:
     raise StorageError(f"{name} cannot be read: {error.strerror}") from None
   if len(data) != size:
-    raise StorageError(f"{name} is damaged: it ends at byte {at + len(data):,}")
+    raise StorageError(f"{name} is damaged: it ends at byte {offset + len(data):,}")
   return data
 
 
@@ -250,8 +252,8 @@ def _aligned(offset: int) -> int:
   return -(-offset // ALIGN) * ALIGN
 
 
-def gaps(header: TableHeader) -> Iterator[tuple[Table, int]]:
-  """Each table and the zeros that follow it."""
+def gaps(header: TableHeader) -> Iterator[tuple[TableEntry, int]]:
+  """Yields each table and the number of zeros that follow it."""
   starts = [table.offset for table in header.tables[1:]] + [header.checksums_offset]
   for table, start in zip(header.tables, starts, strict=True):
     yield table, start - table.end

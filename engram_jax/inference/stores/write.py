@@ -1,4 +1,4 @@
-"""How a table file is written: streaming, under another name until it is complete."""
+"""Writing a table file: streaming, under another name until it is complete."""
 
 import contextlib
 import hashlib
@@ -6,15 +6,15 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from engram_jax.core.manifest import sync_directory
 from engram_jax.errors import ConfigError, StorageError
-from engram_jax.inference.stores.table_file import Checksums, Table, TableHeader, gaps
-from engram_jax.memory.codecs import encode, pack
+from engram_jax.inference.stores.host import pack_blocks
+from engram_jax.inference.stores.table_file import Checksums, TableHeader, gaps
 from engram_jax.memory.hash_layout import HashLayout
 
 
@@ -31,8 +31,8 @@ def write_table_file(
   """Writes the tables of a layout; `path` exists when it is complete and on the disk, not before.
 
   Args:
-    blocks: of a layer's id, its rows in order, as float32 [n, C] arrays of any n; they add up to
-      `layout.rows[layer]` rows. One is held at a time.
+    blocks: returns the rows of a layer's id in order, in blocks [n, C] of any float type and any n
+      that add up to `layout.rows[layer]` rows. One is held at a time.
     kind: the row encoding, see memory/codecs.py.
     source: JSON values that say where the rows come from.
 
@@ -43,7 +43,7 @@ def write_table_file(
   path = pathlib.Path(path)
   header = TableHeader.plan(layout, token_map_digest, kind, width, source)
   require_new(path, header.file_bytes)
-  with _unfinished(path) as file:
+  with _open_partial(path) as file:
     checksums = _write_rows(file, header, blocks)
     digest = hashlib.sha256(checksums).hexdigest()
     header = header.model_copy(update={"checksums_sha256": digest})
@@ -54,7 +54,7 @@ def write_table_file(
 
 
 def require_new(path: pathlib.Path, size: int = 0) -> None:
-  """ConfigError if the name is taken, StorageError if `size` bytes do not fit beside it."""
+  """Raises ConfigError if the name is taken, StorageError if `size` bytes do not fit beside it."""
   if path.exists():
     raise ConfigError(f"{path} exists and is not overwritten: choose another name or remove it")
   try:
@@ -68,10 +68,11 @@ def require_new(path: pathlib.Path, size: int = 0) -> None:
 def _write_rows(
   file: BinaryIO, header: TableHeader, blocks: Callable[[int], Iterable[np.ndarray]]
 ) -> bytes:
+  """Writes all tables and returns the checksums of the bytes written."""
   checksums = Checksums()
   file.seek(header.tables[0].offset)
   for table, gap in gaps(header):
-    for packed in _packed(table, header, blocks(table.layer)):
+    for packed in pack_blocks(table.layer, blocks(table.layer), table.rows, header.kind):
       file.write(packed.data)
       checksums.add(packed.reshape(-1).data)
     file.write(bytes(gap))
@@ -79,22 +80,9 @@ def _write_rows(
   return checksums.to_bytes()
 
 
-def _packed(
-  table: Table, header: TableHeader, blocks: Iterable[np.ndarray]
-) -> Iterator[np.ndarray]:
-  at = 0
-  for rows in blocks:
-    try:
-      yield pack(*encode(rows, header.kind))
-    except ValueError as error:
-      raise StorageError(f"layer {table.layer}, from row {at} on: {error}") from None
-    at += len(rows)
-  assert at == table.rows, f"layer {table.layer}: {at} rows were given for {table.rows}"
-
-
 @contextlib.contextmanager
-def _unfinished(path: pathlib.Path) -> Iterator[BinaryIO]:
-  """A new file beside `path` that gets its name when all went well, and goes when not."""
+def _open_partial(path: pathlib.Path) -> Generator[BinaryIO]:
+  """Opens a new file beside `path`, renamed to it if the body succeeds and removed if it fails."""
   partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
   try:
     with open(partial, "xb") as file:

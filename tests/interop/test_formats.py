@@ -1,4 +1,4 @@
-"""Memories written in a released layout: exact where precisions allow, close where they do not."""
+"""Memories written in a released format: exact where precisions allow, close where they do not."""
 
 import dataclasses
 import functools
@@ -22,8 +22,7 @@ from engram_jax.config import load_config
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.data.pipeline import prepare
 from engram_jax.errors import ConfigError, StorageError
-from engram_jax.interop import deepseek as deepseek_write
-from engram_jax.interop import qwen as qwen_write
+from engram_jax.interop import deepseek, qwen
 from engram_jax.interop.deepseek import encode_blocks, tensor_name
 from engram_jax.interop.reader import MemoryReader
 from engram_jax.memory.compress import TokenCompressor
@@ -84,7 +83,9 @@ def module(reader: MemoryReader, layer: int) -> dict[str, np.ndarray]:
   ],
   ids=["deepseek_v41", "qwen_ple"],
 )
-def test_a_memory_in_its_own_layout_keeps_every_value(tmp_path, write, layout, config, tensors):
+def test_a_memory_written_in_the_format_it_has_keeps_every_value(
+  tmp_path, write, layout, config, tensors
+):
   write_folder(tmp_path / "a", config, tensors, shards=2)
   done = write(tmp_path / "a", tmp_path / "b", layout)
   assert done.code == 0, done.err
@@ -95,59 +96,59 @@ def test_a_memory_in_its_own_layout_keeps_every_value(tmp_path, write, layout, c
     for layer in there.layers:
       ids = np.arange(there.memory.layout.rows[layer])
       np.testing.assert_array_equal(here.rows(layer, ids), there.rows(layer, ids))
-      mine, theirs = module(here, layer), module(there, layer)
-      for name, array in theirs.items():
-        np.testing.assert_array_equal(mine[name], array, err_msg=name)
+      written = module(here, layer)
+      for name, array in module(there, layer).items():
+        np.testing.assert_array_equal(written[name], array, err_msg=name)
 
 
 @pytest.mark.parametrize("layout", ["deepseek_v41", "qwen_ple"])
-def test_a_run_of_ours_in_a_released_layout_reads_the_same(tmp_path, export, write, layout):
+def test_an_exported_run_in_a_released_format_reads_the_same(tmp_path, export, write, layout):
   source = export(layout)
   done = write(source, tmp_path / "b", layout)
   assert done.code == 0, done.err
   step = 2.0**-4 if layout == "deepseek_v41" else 2.0**-8  # half of the last place
-  with MemoryReader(source) as ours, MemoryReader(tmp_path / "b") as theirs:
-    assert (ours.memory.kind, theirs.memory.kind) == ("engram_jax", layout)
-    a, b = ours.read(TEXT), theirs.read(TEXT)
+  with MemoryReader(source) as exported, MemoryReader(tmp_path / "b") as converted:
+    assert (exported.memory.kind, converted.memory.kind) == ("engram_jax", layout)
+    a, b = exported.read(TEXT), converted.read(TEXT)
     assert a.token_ids == b.token_ids
     np.testing.assert_array_equal(a.canonical_ids, b.canonical_ids)
-    for layer in ours.layers:
+    for layer in exported.layers:
       np.testing.assert_array_equal(a.row_ids[layer], b.row_ids[layer])
-      rows = ours.rows(layer, a.row_ids[layer])
-      near = np.testing.assert_allclose
-      near(theirs.rows(layer, b.row_ids[layer]), rows, rtol=step, atol=2.0**-9)
-      for name, array in module(ours, layer).items():
-        near(module(theirs, layer)[name], array, rtol=step, atol=2.0**-8, err_msg=name)
+      rows = exported.rows(layer, a.row_ids[layer])
+      assert_close = np.testing.assert_allclose
+      assert_close(converted.rows(layer, b.row_ids[layer]), rows, rtol=step, atol=2.0**-9)
+      for name, array in module(exported, layer).items():
+        assert_close(module(converted, layer)[name], array, rtol=step, atol=2.0**-8, err_msg=name)
       hidden = jax.random.normal(jax.random.key(1), (1, len(a.token_ids), 2, 16))
-      gates = [r.output(layer, hidden, jnp.asarray(rows)[None])[1] for r in (ours, theirs)]
-      near(*gates, atol=0.1)
+      gates = [r.output(layer, hidden, jnp.asarray(rows)[None])[1] for r in (exported, converted)]
+      assert_close(*gates, atol=0.1)
 
 
 @pytest.mark.parametrize(
-  ("writer", "field", "value", "said"),
+  ("writer", "field", "value", "message"),
   [
-    (deepseek_write, "conv_kernel", 4, "conv_kernel is 4, and would have to be 0"),
-    (deepseek_write, "reset_at_documents", False, "reset_at_documents is False"),
-    (deepseek_write, "bias", True, "bias is True"),
-    (deepseek_write, "seed", 3, "seed is 3"),
-    (deepseek_write, "gate", "sigmoid", "gate is sigmoid"),
-    (deepseek_write, "rows_per_head", (101, 103), "rows_per_head is [101, 103]"),
-    (deepseek_write, "dialect", "qwen_ple", "dialect is qwen_ple"),
-    (qwen_write, "dialect", "engram", "dialect is engram, and would have to be qwen_ple"),
-    (qwen_write, "conv_kernel", 0, "conv_kernel is 0"),
-    (qwen_write, "conv_norm_eps", 1e-3, "conv_norm_eps is 0.001, and would have to be 1e-07"),
+    (deepseek, "conv_kernel", 4, "conv_kernel is 4, and would have to be 0"),
+    (deepseek, "reset_at_documents", False, "reset_at_documents is False"),
+    (deepseek, "bias", True, "bias is True"),
+    (deepseek, "seed", 3, "seed is 3"),
+    (deepseek, "gate", "sigmoid", "gate is sigmoid"),
+    (deepseek, "rows_per_head", (101, 103), "rows_per_head is [101, 103]"),
+    (deepseek, "dialect", "qwen_ple", "dialect is qwen_ple"),
+    (qwen, "dialect", "engram", "dialect is engram, and would have to be qwen_ple"),
+    (qwen, "conv_kernel", 0, "conv_kernel is 0"),
+    (qwen, "conv_norm_eps", 1e-3, "conv_norm_eps is 0.001, and would have to be 1e-07"),
   ],
 )
-def test_what_a_layout_cannot_say_is_refused(export, writer, field, value, said):
-  layout = "deepseek_v41" if writer is deepseek_write else "qwen_ple"
+def test_fields_that_a_format_cannot_express_are_refused(export, writer, field, value, message):
+  layout = "deepseek_v41" if writer is deepseek else "qwen_ple"
   with MemoryReader(export(layout)) as reader:
     cfg = reader.memory.cfg.model_copy(update={field: value})
     with pytest.raises(ConfigError, match=f"--layout {layout} cannot hold") as caught:
-      writer.config_of(dataclasses.replace(reader.memory, cfg=cfg))
-  assert said in str(caught.value)
+      writer.make_config(dataclasses.replace(reader.memory, cfg=cfg))
+  assert message in str(caught.value)
 
 
-def test_a_refused_layout_leaves_nothing(tmp_path, export, write):
+def test_a_refused_conversion_leaves_nothing(tmp_path, export, write):
   done = write(export("deepseek_v41"), tmp_path / "b", "qwen_ple")
   assert done.code == 2
   assert done.err.count("\n") == 1
@@ -173,12 +174,12 @@ def test_v41_tensors_have_the_released_names_and_dtypes(tmp_path, export, write)
   dtypes = {name: tensor.dtype for name, tensor in read_folder(tmp_path / "b").items()}
   parts = {"embed.weight": "F8_E4M3", "embed.scale": "F8_E8M0", "q_weight": "BF16"}
   parts |= {"wkv.weight": "F8_E4M3", "wkv.scale": "F8_E8M0", "k_weight": "BF16"}
-  wanted = {f"layers.{layer}.engram.{part}": d for layer in (0, 1) for part, d in parts.items()}
-  assert dtypes == wanted
+  expected = {f"layers.{layer}.engram.{part}": d for layer in (0, 1) for part, d in parts.items()}
+  assert dtypes == expected
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
-def test_numbers_that_fp8_cannot_say_are_refused(export, value):
+def test_numbers_without_an_fp8_encoding_are_refused(export, value):
   with MemoryReader(export("deepseek_v41")) as reader:
     memory = reader.memory
     layer = memory.layout.layers[0]
@@ -187,16 +188,16 @@ def test_numbers_that_fp8_cannot_say_are_refused(export, value):
       bad = array.copy()
       bad.flat[-1] = value
       broken = dataclasses.replace(memory, parameters=lambda _, bad=good | {name: bad}: bad)
-      source = deepseek_write.sources(broken)[tensor_name(layer, "wkv.weight")]
+      source = deepseek.make_tensors(broken)[tensor_name(layer, "wkv.weight")]
       with pytest.raises(StorageError, match=f"{name} of block {layer}"):
         list(source.slices())
 
-    class Rows:
+    class BrokenTable:
       def blocks(self):
         yield np.full((2, memory.cfg.row_width), value, np.float32)
 
-    broken = dataclasses.replace(memory, tables=dict.fromkeys(memory.layout.layers, Rows()))
+    broken = dataclasses.replace(memory, tables=dict.fromkeys(memory.layout.layers, BrokenTable()))
     for part in ("weight", "scale"):
-      source = deepseek_write.sources(broken)[tensor_name(layer, f"embed.{part}")]
+      source = deepseek.make_tensors(broken)[tensor_name(layer, f"embed.{part}")]
       with pytest.raises(StorageError, match=f"rows of block {layer} hold"):
         list(source.slices())

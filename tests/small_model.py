@@ -1,4 +1,4 @@
-"""A small model whose every part matters, as decoders get it: for tests of inference."""
+"""A small model with every part of the architecture, for tests of inference."""
 
 import copy
 import dataclasses
@@ -13,13 +13,14 @@ from flax import nnx
 from engram_jax.config import ModelConfig
 from engram_jax.inference.decoder import Decoder, Weights
 from engram_jax.memory.compress import TokenCompressor
-from engram_jax.memory.hashing import HashLayout, hash_ids_numpy
+from engram_jax.memory.hash_layout import HashLayout
+from engram_jax.memory.hashing import hash_ids_numpy
 from engram_jax.memory.table import init_table, lookup_reference
 from engram_jax.model.lm import LM
 from engram_jax.model.router import RouterBias
 
 V = 60
-MODEL = {
+MODEL: dict[str, Any] = {
   "vocab_size": V,
   "width": 16,
   "layers": 3,
@@ -38,14 +39,14 @@ MODEL = {
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Speaker:
-  """weights: as a decoder gets them. tables: one [R_padded, C] a memory, float32."""
+class SmallModel:
+  """A model's parameters and its tables, one float32 [R_padded, C] a memory."""
 
   weights: Weights
   tables: tuple[jax.Array, ...]
 
   def logits(self, tokens: list[int]) -> np.ndarray:
-    """float32 [T, V] of one full forward pass over a sequence: what every decoder must say."""
+    """float32 [T, V] of one full forward pass over a sequence, which every decoder must match."""
     w = self.weights
     tokens_BT = np.array([tokens])
     rows = ()
@@ -67,11 +68,14 @@ def _forward(graphdef: Any, params: Any, biases: Any, tokens_BT: Any, rows: Any)
 
 
 @functools.cache
-def make_speaker(
+def make_small_model(
   *, memory: bool = True, merged_ids: bool = True, dispatch: str = "dense", **engram: Any
-) -> Speaker:
-  """Random parameters, none of them zero. merged_ids: two raw ids share each canonical one.
-  engram: fields of its config that differ from `MODEL`."""
+) -> SmallModel:
+  """Makes a model of random parameters, none of them zero.
+
+  merged_ids: two raw ids share each canonical one. engram: fields of its config that differ from
+  `MODEL`.
+  """
   engram = MODEL["engram"] | engram if memory else {"layers": []}
   moe = MODEL["moe"] | {"dispatch": dispatch}
   cfg = ModelConfig.model_validate(MODEL | {"engram": engram, "moe": moe})
@@ -91,16 +95,16 @@ def make_speaker(
     tables = tuple(
       init_table(next(keys), layout.rows[i], e.row_width, std=1.0) for i in layout.layers
     )
-  return Speaker(Weights(cfg, graphdef, params, biases, layout, compressor), tables)
+  return SmallModel(Weights(cfg, graphdef, params, biases, layout, compressor), tables)
 
 
-def some_tokens(seed: int, length: int) -> list[int]:
+def random_tokens(seed: int, length: int) -> list[int]:
   """Token ids that repeat n-grams now and then."""
   return jnp.asarray(np.random.default_rng(seed).integers(3, 15, length)).tolist()
 
 
-def diverged(decoder: Decoder) -> Decoder:
-  """The same decoder with parameters that are no numbers, as training may leave them."""
+def with_nan_params(decoder: Decoder) -> Decoder:
+  """The same decoder with NaN parameters, as training may leave them."""
   other = copy.copy(decoder)
   params = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), decoder.model.params)
   other.model = decoder.model._replace(params=params)

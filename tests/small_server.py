@@ -1,4 +1,4 @@
-"""The small model of speaker.py behind an engine, with a tokenizer of its 60 ids."""
+"""The small model of small_model.py behind an engine, with a tokenizer of its 60 ids."""
 
 import asyncio
 import contextlib
@@ -7,19 +7,19 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import httpx
 import tokenizers
-from speaker import V, make_speaker
+from small_model import V, make_small_model
 
 from engram_jax.inference.decoder import Decoder
-from engram_jax.inference.row_sources import DeviceRows
+from engram_jax.inference.row_sources import DeviceRowSource
 from engram_jax.inference.sampling import Sampling
 from engram_jax.serve.api import Service, make_app
 from engram_jax.serve.engine import Engine
-from engram_jax.serve.request import Done, Event, Failed, Job, Prompt, Token
+from engram_jax.serve.request import Event, Failed, Finished, PromptScored, Request, Token
 from engram_jax.serve.server import Server
 
 END = "<|endoftext|>"
@@ -41,10 +41,11 @@ def small_tokenizer() -> tokenizers.Tokenizer:
 
 @functools.cache  # each compiles its own stages
 def small_decoder() -> Decoder:
-  speaker = make_speaker()
-  w = speaker.weights
-  source = DeviceRows(w.layout, w.compressor.table, speaker.tables)
-  return Decoder(w, source, CAPACITY, chunk=CHUNK)
+  model = make_small_model()
+  w = model.weights
+  assert w.layout is not None
+  row_source = DeviceRowSource(w.layout, w.compressor.table, model.tables)
+  return Decoder(w, row_source, CAPACITY, chunk=CHUNK)
 
 
 def small_engine(decoder: Decoder | None = None, **options: Any) -> Engine:
@@ -52,21 +53,23 @@ def small_engine(decoder: Decoder | None = None, **options: Any) -> Engine:
   return Engine(decoder or small_decoder(), small_tokenizer(), **options)
 
 
-def job(ids: list[int], max_new: int = 8, sampling: Sampling | None = None, **options: Any) -> Job:
-  return Job(tuple(ids), max_new, sampling or Sampling(), **options)
+def make_request(
+  ids: list[int], max_new: int = 8, sampling: Sampling | None = None, **options: Any
+) -> Request:
+  return Request(tuple(ids), max_new, sampling or Sampling(), **options)
 
 
-class Heard:
-  """What one or several jobs were told, by index."""
+class EventLog:
+  """The events of one or several requests, by index."""
 
-  def __init__(self, engine: Engine, jobs: list[Job]):
+  def __init__(self, engine: Engine, requests: list[Request]):
     self._queue: queue.SimpleQueue = queue.SimpleQueue()
-    self.events: list[list[Event]] = [[] for _ in jobs]
-    self.tickets = engine.submit(jobs, lambda i, event: self._queue.put((i, event)))
+    self.events: list[list[Event]] = [[] for _ in requests]
+    self.handles = engine.submit(requests, lambda i, event: self._queue.put((i, event)))
 
-  def wait(self) -> "Heard":
-    """Until all have ended."""
-    while not all(e and isinstance(e[-1], Done | Failed) for e in self.events):
+  def wait(self) -> "EventLog":
+    """Waits until all have ended."""
+    while not all(e and isinstance(e[-1], Finished | Failed) for e in self.events):
       self.next()
     return self
 
@@ -82,14 +85,14 @@ class Heard:
     return [t.id for t in self.tokens(i)]
 
   def text(self, i: int = 0) -> str:
-    return "".join(e.text for e in self.events[i] if isinstance(e, Token | Done))
+    return "".join(e.text for e in self.events[i] if isinstance(e, Token | Finished))
 
   def prompt(self, i: int = 0) -> tuple[Token, ...]:
-    return next(e.tokens for e in self.events[i] if isinstance(e, Prompt))
+    return next(e.tokens for e in self.events[i] if isinstance(e, PromptScored))
 
 
 class Client:
-  """Calls the application without a network in between."""
+  """An HTTP client that calls the application without a network."""
 
   def __init__(self, service: Service):
     self.app = make_app(service)
@@ -109,27 +112,27 @@ class Client:
     return self.request("POST", path, json=body, **options)
 
   def complete(self, prompt="the capital", **body):
-    answer = self.post("/v1/completions", {"prompt": prompt, "temperature": 0} | body)
-    assert answer.status_code == 200, answer.text
-    return events(answer) if body.get("stream") else answer.json()
+    response = self.post("/v1/completions", {"prompt": prompt, "temperature": 0} | body)
+    assert response.status_code == 200, response.text
+    return stream_chunks(response) if body.get("stream") else response.json()
 
-  def chat(self, *said, **body):
-    messages = [{"role": role, "content": text} for role, text in said]
-    answer = self.post("/v1/chat/completions", {"messages": messages, "temperature": 0} | body)
-    assert answer.status_code == 200, answer.text
-    return events(answer) if body.get("stream") else answer.json()
+  def chat(self, *turns, **body):
+    messages = [{"role": role, "content": text} for role, text in turns]
+    response = self.post("/v1/chat/completions", {"messages": messages, "temperature": 0} | body)
+    assert response.status_code == 200, response.text
+    return stream_chunks(response) if body.get("stream") else response.json()
 
 
-def events(answer):
-  """The objects of a stream, which ends as it should."""
-  assert answer.headers["content-type"].startswith("text/event-stream")
-  *parts, done, rest = answer.text.split("\n\n")
+def stream_chunks(response):
+  """The objects of a stream, which must end as specified."""
+  assert response.headers["content-type"].startswith("text/event-stream")
+  *parts, done, rest = response.text.split("\n\n")
   assert (done, rest) == ("data: [DONE]", "")
   return [json.loads(part.removeprefix("data: ")) for part in parts]
 
 
 @contextlib.contextmanager
-def serving(service: Service) -> Iterator[str]:
+def serving(service: Service) -> Generator[str]:
   """A real server on a free port of this machine, and its address."""
   addresses: queue.SimpleQueue[str] = queue.SimpleQueue()
   server = Server(make_app(service), "127.0.0.1", 0, addresses.put)
