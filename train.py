@@ -96,8 +96,8 @@ def main() -> int:
 
     # --- the loop ---------------------------------------------------------------------------
     writer = stack.enter_context(MetricsWriter(run.path, cfg.run.tensorboard, resume_step=start))
-    local_rows = process_indices(batch_sharding(mesh), train.batch_size)
-    batches = stack.enter_context(contextlib.closing(training.iterate(start, local_rows)))
+    local_examples = process_indices(batch_sharding(mesh), train.batch_size)
+    batches = stack.enter_context(contextlib.closing(training.iterate(start, local_examples)))
     batches = tables.prefetch(state.tables, batches)
     bar = stack.enter_context(progress(start, train.steps))
     trace = stack.enter_context(TraceWindow(train.profile_window, run.path / PROFILE))

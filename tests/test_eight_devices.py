@@ -1,19 +1,17 @@
-"""Runs each file of tests/eight in a process of its own, with eight simulated devices."""
+"""Runs tests/eight in a process of its own, with eight simulated devices."""
 
 import os
 import pathlib
 import subprocess
 import sys
 
-import pytest
-
-FILES = sorted(pathlib.Path(__file__).with_name("eight").glob("test_*.py"))
+FOLDER = pathlib.Path(__file__).with_name("eight")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_on_eight_devices(path):
-  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", str(path)]
+def test_everything_on_eight_devices():
+  """One process for all files: they share its start and, in the session's folder, its programs."""
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", str(FOLDER)]
   done = subprocess.run(
     command, env=environment | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
   )

@@ -81,7 +81,7 @@ class Decoder:
     self._stages = StagedModel(model.graphdef, model.cfg, model.compressor.table, donate=donate)
 
   def with_row_source(self, row_source: RowSource | None) -> "Decoder":
-    """The same decoder, compiled stages included, with rows from elsewhere."""
+    """A copy of the decoder that shares its compiled stages and reads rows from `row_source`."""
     other = copy.copy(self)
     other.row_source = row_source
     return other

@@ -1,15 +1,17 @@
 """Engram: what the rows of a token add to the residual branches (arXiv 2601.07372, section 2.3).
 
-    key, value = rows W_key, rows W_value                    W_value and the rows serve all branches
-    s_g        = RMSNorm(h_g) . RMSNorm(key_g) / sqrt(D)     how well the memory fits the context
-    alpha_g    = sigmoid(sign(s_g) sqrt(|s_g|))  or  sigmoid(s_g)
+    key_g      = rows W_key_g                                `key_BTGD`
+    value      = rows W_value                                `value_BTD`, shared by all branches
+    s_g        = RMSNorm(h_g) . RMSNorm(key_g) / sqrt(D)     `logit_BTG`, the memory's fit
+    alpha_g    = sigmoid(sign(s_g) sqrt(|s_g|))  or  sigmoid(s_g)       `gate_BTG`
     U_g        = alpha_g value
     delta_g    = SiLU(conv(RMSNorm(U_g))) + U_g              depthwise, causal, dilated by N
 
 The caller adds delta to its residual branches. `engram_reference` computes the same as it reads
 here; memory/engram_ops.py computes it with few passes over memory.
 
-Local letters: W, taps of the convolution; P = (W-1) N, positions that it reads before the first.
+Local letters: N, the largest order of n-grams (`cfg.max_ngram`); W, taps of the convolution;
+P = (W-1) N, positions that it reads before the first; U, the gated value.
 """
 
 import math
@@ -127,7 +129,7 @@ class Engram(nnx.Module):
     """The gates, float32 [B, T, G], and the value they multiply, [B, T, D]."""
     key_BTGD, value_BTD = self.project_rows(rows_BTM.astype(hidden_BTGD.dtype))
     with jax.named_scope("context_aware_gating"):
-      weight_GD = self.g_key[...] * self.g_query[...]
+      weight_GD = self.g_key[...] * self.g_query[...]  # both norms' weights scale the same products
       logit_BTG = gate_logit(hidden_BTGD, key_BTGD, weight_GD, self.cfg.norm_eps)
       return gate(logit_BTG, self.cfg.gate), value_BTD
 

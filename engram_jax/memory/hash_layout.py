@@ -26,9 +26,12 @@ from engram_jax.memory.compress import TokenCompressor
 class Dialect(NamedTuple):
   """The rules in which released hashes differ.
 
-  multipliers: `(layout, layer) -> N odd integers`, each of whose products with a canonical id is
-  below 2^63 (see `largest_half`). hashes_raw_ids: the tokenizer's own ids are hashed, not canonical
-  ones. pad_ends_look_back: a token whose id is the layout's `pad_id` ends look-back.
+  Attributes:
+    multipliers: `(layout, layer) -> N odd integers`, one for each token of an n-gram, the newest
+      first. N is `layout.max_ngram`; a product with any canonical id must be below 2^63, which
+      `2 * n + 1` is for n below `largest_half(layout)`.
+    hashes_raw_ids: the tokenizer's own ids are hashed, not canonical ones.
+    pad_ends_look_back: a token whose id is the layout's `pad_id` ends look-back.
   """
 
   multipliers: "Callable[[HashLayout, int], tuple[int, ...]]"
@@ -40,7 +43,11 @@ def find_dialect(name: str) -> Dialect:
   """The dialect of that name: `DIALECT` in the file memory/dialects/NAME.py."""
   if name not in DIALECTS:
     raise ValueError(f"dialect={name!r} is none of {', '.join(DIALECTS)}")
-  return importlib.import_module(f"engram_jax.memory.dialects.{name}").DIALECT
+  module = importlib.import_module(f"engram_jax.memory.dialects.{name}")
+  dialect = getattr(module, "DIALECT", None)
+  if not isinstance(dialect, Dialect):
+    raise ConfigError(f"{module.__file__} must define DIALECT, a Dialect")
+  return dialect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +80,11 @@ class HashLayout:
     pad_id: int,
     seed: int = 0,
   ) -> Self:
-    """The layout of a model.
+    """Makes the layout of a model.
 
     Args:
       layers: 0-based ids of the layers with a memory, in the order in which they take primes.
-      rows_per_head: where the prime search starts: one number, or one per order 2..max_ngram.
+      rows_per_head: start of the prime search: one number, or one per order 2..max_ngram.
       compressed_vocab: V'; ids are in [0, V'). A dialect that hashes raw ids has V' = V.
       pad_id: canonical id that stands before the start of a text.
       seed: of the multipliers. 0 is each dialect's released seed.
@@ -159,20 +166,27 @@ class HashLayout:
 
   @property
   def hash_heads(self) -> int:
-    """J = (N-1) K: rows that one token looks up."""
+    """J, rows that one token looks up: orders x heads per order."""
     return (self.max_ngram - 1) * self.heads
 
   @functools.cached_property
   def multipliers(self) -> dict[int, tuple[int, ...]]:
+    """Odd multipliers of each position of an n-gram, by layer."""
     draw = find_dialect(self.dialect).multipliers
     drawn = {layer: draw(self, layer) for layer in self.layers}
+    largest = self.compressed_vocab - 1
     for layer, factors in drawn.items():
-      largest = max(factors) * (self.compressed_vocab - 1)
-      assert largest < 2**63, f"layer {layer}: a product of {largest} overflows int64"
+      valid = all(m > 0 and m % 2 and m * largest < 2**63 for m in factors)
+      if len(factors) != self.max_ngram or not valid:
+        raise ValueError(
+          f"dialect={self.dialect!r} gives layer {layer} the multipliers {list(factors)}: they must "
+          f"be max_ngram={self.max_ngram} positive odd integers, with products below 2^63 by {largest}"
+        )
     return drawn
 
   @functools.cached_property
   def primes(self) -> dict[int, tuple[tuple[int, ...], ...]]:
+    """Sizes of the tables of each hash head, by layer and order."""
     taken: set[int] = set()
     streams = {start: primes_from(start) for start in self.rows_per_head}
 
@@ -189,6 +203,7 @@ class HashLayout:
 
   @functools.cached_property
   def offsets(self) -> dict[int, tuple[int, ...]]:
+    """First row of each of the J hash heads in the layer's table, by layer."""
     return {
       layer: tuple(itertools.accumulate(itertools.chain(*by_order), initial=0))[:-1]
       for layer, by_order in self.primes.items()
@@ -196,13 +211,14 @@ class HashLayout:
 
   @functools.cached_property
   def rows(self) -> dict[int, int]:
+    """R, rows of the table, by layer."""
     return {layer: sum(map(sum, by_order)) for layer, by_order in self.primes.items()}
 
   def describe(self) -> dict[str, Any]:
     """The parameters and the constants they give, for JSON.
 
     Multipliers are strings: they exceed 2^53, and a reader that keeps numbers as float64 would
-    corrupt them without a word.
+    corrupt them silently.
     """
     return dataclasses.asdict(self) | {
       "layers": list(self.layers),
@@ -213,7 +229,7 @@ class HashLayout:
 
   @classmethod
   def from_description(cls, description: dict[str, Any]) -> Self:
-    """The layout `describe` wrote. Constants are rebuilt: ValueError where they differ."""
+    """Reads the layout that `describe` wrote; ValueError where the rebuilt constants differ."""
     names = {field.name for field in dataclasses.fields(cls)}
     missing = (names | {"multipliers", "primes"}) - description.keys()
     if missing:

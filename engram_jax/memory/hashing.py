@@ -1,10 +1,11 @@
-"""Canonical ids to hash ids: suffix n-grams, multiplied, XORed and reduced by primes (eq. 1-2).
+"""Canonical ids to hash ids: suffix n-grams, multiplied, XORed and reduced by primes.
 
-For a layer's odd multipliers m_0..m_{N-1}, order n in 2..N and head k,
+For a layer's odd multipliers m_0..m_{N-1}, order n in 2..N and head k (arXiv 2601.07372, eq. 1-2),
 
     mix_{t,n} = XOR_{i<n} x_{t-i} m_i        z_{t,n,k} = mix_{t,n} mod p_{n,k}
 
-in 64 bits: products stay below 2^63, and the same in 32 bits gives other ids. `hash_ids_numpy` is
+in 64 bits: `HashLayout` draws multipliers whose products stay below 2^63, and 32 bits would give
+other ids. `hash_ids_numpy` is
 for the host; `hash_ids` gives the same numbers inside jit, and only calling it imports jax.
 
 What a position does not see reads as the pad id. Look-back ends, for all older tokens too,
@@ -170,11 +171,11 @@ def look_back(
 
 
 def _remainders(mixes: list[np.ndarray], primes: tuple[tuple[int, ...], ...]) -> np.ndarray:
-  """int32 [B*T, J]: the mix of each order modulo that order's primes.
+  """Reduces the mix of each order by that order's primes: int32 [X, J].
 
-  In blocks that stay in the processor's cache. NumPy divides by a scalar with multiplications, but
-  its remainder divides, at twice the time; a few tokens are over before the calls for each column
-  are, so they are divided at once.
+  It works in blocks that fit into the processor's cache. NumPy divides by a scalar with
+  multiplications, but its remainder divides, at twice the time. With few tokens the calls for each
+  column cost more than the slower remainder, so all columns are divided at once.
   """
   if mixes[0].size <= FEW:
     mix_XO = np.stack([mix.reshape(-1) for mix in mixes], axis=1)

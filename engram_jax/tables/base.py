@@ -46,9 +46,9 @@ class Tables:
   A context manager, which ends the threads and files of tables that lie off the devices.
 
   Attributes:
-    cfg, layout, optimizer, mesh: as given. layers: ids of the layers with a table, rising.
+    cfg, layout, optimizer, mesh: as given. layers: 0-based ids of the blocks with a table, rising.
     row_counts: {layer: R}.
-    is_offloaded: whether the tables lie off the devices. init_std: of the rows at the start.
+    is_offloaded: the tables lie off the devices. init_std: of the rows at the start.
   """
 
   def __init__(
@@ -80,7 +80,7 @@ class Tables:
     self.is_offloaded = bool(self.layers) and cfg.placement != "device"
     self.init_std, self._folder = init_std, folder
     self._sharded: Mesh | None = None  # the mesh, if it has several devices
-    self._rows: DeviceRows | ShardedRows = DeviceRows(optimizer)
+    self._backend: DeviceRows | ShardedRows = DeviceRows(optimizer)
     if mesh is not None and mesh.size > 1:
       if self.is_offloaded:
         raise ValueError(f"placement={cfg.placement!r} is for one device, not for {mesh.size}")
@@ -88,7 +88,7 @@ class Tables:
       # Rows that are balanced against one another must arrive in one round.
       capacity = float(mesh.size) if optimizer.is_joint else cfg.exchange_capacity
       self._sharded = mesh
-      self._rows = ShardedRows(optimizer, mesh, rows, capacity, exchange_dtype)
+      self._backend = ShardedRows(optimizer, mesh, rows, capacity, exchange_dtype)
     self._opened = contextlib.ExitStack()
 
   @classmethod
@@ -207,14 +207,18 @@ class Tables:
   # --- a batch's rows ----------------------------------------------------------------------
 
   def batch_ids(self, batch: Mapping[str, Any]) -> dict[int, Any]:
-    """Row ids by layer of a pipeline's batch, for `fetch`; its slots after `prefetch`."""
+    """Row ids by layer of a pipeline's batch, for `fetch`; after `prefetch` the slots, positions in
+    row buffers, that took their place."""
     if not self.layers:
       return {}
     return self._by_layer(batch[SLOTS] if SLOTS in batch else batch["row_ids"])
 
   @jax.named_scope("sparse_retrieval")
   def fetch(self, state: TableState, row_ids: Mapping[int, jax.Array]) -> Touched:
-    """The distinct rows of a batch, up to date, to be differentiated by.
+    """Reads the distinct rows of a batch, up to date, to be differentiated by.
+
+    Returns `Touched`: `rows` {layer: [U, C]} in the tables' dtype, for U distinct rows at most, and
+    `inverses` {layer: int32 [B, T, J]}, the position of each id's row.
 
     Args:
       row_ids: {layer: int32 [B, T, J]}, offsets included, as `memory.hashing.row_ids` gives them.
@@ -231,9 +235,9 @@ class Tables:
       touched = self._fetch_program(buffers, slots)
       return dataclasses.replace(touched, synced=touched.synced or buffers)
     ids = tuple(row_ids[n] for n in self.layers)
-    rows = self._rows_of(state)
-    fetched, tables, states = rows.fetch(*self._as_tuples(state), ids)
-    synced = self._state(state, tables, states) if self.optimizer.is_lazy else None
+    backend = self._backend_of(state)
+    fetched, tables, optimizer_states = backend.fetch(*self._as_tuples(state), ids)
+    synced = self._state(state, tables, optimizer_states) if self.optimizer.is_lazy else None
     by_layer = self._by_layer
     return Touched(
       by_layer(fetched.rows), by_layer(fetched.inverses), fetched.residuals, synced, self._sharded
@@ -248,7 +252,7 @@ class Tables:
     grads = tuple(d_rows[n] for n in self.layers)
     if not grads:
       return RowGrads((), (), (), jnp.float32(0), (), jnp.int32(0))
-    return self._rows.reduce_grads(self._fetched(touched), grads)
+    return self._backend.reduce_grads(self._fetched(touched), grads)
 
   @jax.named_scope("table_update")
   def update(
@@ -288,7 +292,7 @@ class Tables:
       grads = self.reduce_grads(touched, grads)
     state = state if touched.synced is None else touched.synced
     rate = {} if scale is None else {"rate_scale": jnp.float32(scale)}
-    tables, states = self._rows_of(state).update(
+    tables, optimizer_states = self._backend_of(state).update(
       self._fetched(touched),
       grads,
       *self._as_tuples(state),
@@ -296,7 +300,7 @@ class Tables:
       jnp.asarray(ok),
       **rate,
     )
-    return self._state(state, tables, states)
+    return self._state(state, tables, optimizer_states)
 
   def flush(self, state: TableState) -> TableState:
     """The state with every row as its optimizer means it to be now, for reading all of a table.
@@ -384,9 +388,9 @@ class Tables:
 
   # --- within ------------------------------------------------------------------------------
 
-  def _rows_of(self, state: TableState) -> DeviceRows | ShardedRows:
+  def _backend_of(self, state: TableState) -> DeviceRows | ShardedRows:
     if state.buffer_ids is None:
-      return self._rows
+      return self._backend
     return DeviceRows(self.optimizer, tuple(state.buffer_ids[n] for n in self.layers))
 
   def _as_tuples(self, state: TableState) -> tuple[tuple, tuple]:
@@ -418,7 +422,7 @@ class Tables:
   @functools.cached_property
   def _flush_program(self) -> Callable[[TableState], TableState]:
     def flush_tables(state: TableState) -> TableState:
-      return self._state(state, *self._rows.flush(*self._as_tuples(state)))
+      return self._state(state, *self._backend.flush(*self._as_tuples(state)))
 
     return jax.jit(flush_tables, donate_argnums=0, out_shardings=self.formats)
 

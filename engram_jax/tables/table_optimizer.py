@@ -1,4 +1,4 @@
-"""The form of a table's optimizer, and how rows get in and out of a table by id.
+"""The interface of a table's optimizer, and reads and writes of rows by id.
 
 `TableOptimizer` is optax's form (`init`, `update`) with the update applied where the rows lie. The
 functions below read and write rows in place where the buffers are donated.
@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from engram_jax.config import OptimizerConfig
+from engram_jax.errors import ConfigError
 
 LearningRate = float | Callable[[jax.Array], jax.Array]
 
@@ -77,6 +78,8 @@ class TableOptimizer(NamedTuple):
 def table_optimizer(cfg: OptimizerConfig, schedule: Callable[[Any], jax.Array]) -> TableOptimizer:
   """The optimizer `cfg.table`, at `cfg.table_rate` times the schedule's learning rate."""
   module = importlib.import_module(f"engram_jax.tables.optimizers.{cfg.table}")
+  if not hasattr(module, "from_config"):
+    raise ConfigError(f"{module.__file__} must define from_config(cfg, learning_rate)")
   return module.from_config(cfg, lambda step: cfg.table_rate * schedule(step))
 
 

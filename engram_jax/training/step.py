@@ -61,8 +61,9 @@ TPU_OPTIONS = {
 def make_train_step(setup: TrainSetup) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
   """Returns `step(state, batch) -> (state, metrics)`, jitted; the state is donated.
 
-  batch: the pipeline's arrays, each [B, T] int32 or bool, and row_ids int32 [L, B, T, J], or the
-  result of `Tables.prefetch` for them; on a mesh divided by batch. A loss or gradient that is not
+  batch: tokens, targets, segments, positions and source, int32 [B, T]; mask, bool [B, T], True
+  where the target counts; row_ids, int32 [L, B, T, J], offsets included, or the slots that
+  `Tables.prefetch` has in their place; on a mesh divided by batch. A loss or gradient that is not
   finite leaves everything but the counters unchanged.
   """
   on_tpu = platform(setup.mesh) == "tpu"

@@ -39,7 +39,7 @@ class Program(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def program() -> Program:
+def program(optimized) -> Program:
   """Rows fetched, their gradients returned, the table updated: the memory's part of a step."""
   pytest.importorskip("libtpu")
   mesh = make_mesh({"fsdp": D}, abstract_devices(topology("v5p:2x2x2")))

@@ -13,6 +13,8 @@ from engram_jax.aot.hlo_cost import Rates, cost, kernels
 from engram_jax.aot.hlo_loops import executions, trip_count
 from engram_jax.aot.hlo_text import Array, arrays_of, bits, parse
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 # Shortened from what the TPU compiler printed: no known_trip_count, tiled layouts, memory spaces,
 # async pairs with context words, an all-to-all wrapped in async-start, a limit that a loop carries.
 TPU = """HloModule jit_f, is_scheduled=true

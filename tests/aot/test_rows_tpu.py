@@ -12,7 +12,7 @@ from engram_jax.tables.table_optimizer import table_optimizer
 
 R, C, U = 1 << 22, 128, 1 << 12
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 
 
 @pytest.fixture(scope="module")

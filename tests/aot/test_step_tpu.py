@@ -14,7 +14,7 @@ from engram_jax.model.counts import table_layout
 SLICE = topology("v5p:2x2x2")
 TINY = {"model.layers": 2, "mesh.data": 1, "mesh.fsdp": 8}
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 
 
 def test_micro_batches_compile():

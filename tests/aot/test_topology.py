@@ -22,6 +22,7 @@ from engram_jax.errors import ConfigError
 needs_compiler = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="needs libtpu: the extra `tpu`"
 )
+pytestmark = pytest.mark.usefixtures("optimized")
 SMALLEST = {kind: f"{kind}:{made.shapes[0]}" for kind, made in GENERATIONS.items()}
 
 

@@ -10,9 +10,9 @@ import pytest
 from hosts import free_port, run_processes, spawn_processes, wait_for_all
 
 from engram_jax.config import DistributedConfig
-from engram_jax.core import rendezvous as roll_call_module
-from engram_jax.core.distributed import Place, find_place
-from engram_jax.core.rendezvous import roll_call
+from engram_jax.core import rendezvous as rendezvous_module
+from engram_jax.core.distributed import ClusterSpec, find_cluster
+from engram_jax.core.rendezvous import rendezvous
 from engram_jax.errors import ConfigError
 
 MEET = """
@@ -24,7 +24,8 @@ def body():
   mesh = make_mesh({"data": 4, "tensor": 2})
   print(jax.process_count(), jax.device_count(), distributed.is_main())
   print(distributed.on_main(lambda: {"pid": jax.process_index()}))
-  print(distributed.agree("disk full" if process == 1 else None), distributed.agree(None))
+  error = "disk full" if process == 1 else None
+  print(distributed.first_error(error), distributed.first_error(None))
 
   def fail():
     raise StorageError(f"process {process} cannot")
@@ -119,16 +120,16 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step():
   assert (name, other) == ("None", "SIGTERM")
 
 
-def place(environment: dict[str, str], **fields: object) -> Place | None:
-  return find_place(DistributedConfig(**fields), environment)
+def place(environment: dict[str, str], **fields: object) -> ClusterSpec | None:
+  return find_cluster(DistributedConfig(**fields), environment)
 
 
 def test_where_the_processes_come_from():
   variables = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1", "JAX_COORDINATOR_ADDRESS": "a:1"}
   assert place({}) is None
-  assert place(variables) == Place("a:1", 2, 1)
-  assert place(variables, coordinator="b:2") == Place("b:2", 2, 1)
-  assert place(variables, coordinator="b:2", processes=4, process=3) == Place("b:2", 4, 3)
+  assert place(variables) == ClusterSpec("a:1", 2, 1)
+  assert place(variables, coordinator="b:2") == ClusterSpec("b:2", 2, 1)
+  assert place(variables, coordinator="b:2", processes=4, process=3) == ClusterSpec("b:2", 4, 3)
 
 
 def test_slurm_says_it(monkeypatch):
@@ -141,8 +142,8 @@ def test_slurm_says_it(monkeypatch):
   }
   for name, value in slurm.items():
     monkeypatch.setenv(name, value)
-  assert place(slurm) == Place("node03:61447", 2, 1)
-  assert place(slurm, coordinator="node03:1234") == Place("node03:1234", 2, 1)
+  assert place(slurm) == ClusterSpec("node03:61447", 2, 1)
+  assert place(slurm, coordinator="node03:1234") == ClusterSpec("node03:1234", 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_half_of_an_answer_is_refused(environment, fields, says):
 @pytest.mark.parametrize("address", ["", "host", "host:", ":80", "host:0", "host:http", "h:70000"])
 def test_an_address_is_a_host_and_a_port(address):
   with pytest.raises(ConfigError, match="give HOST:PORT"):
-    roll_call(address, 2, 0, 1)
+    rendezvous(address, 2, 0, 1)
 
 
 def test_a_port_in_use_is_named():
@@ -171,12 +172,12 @@ def test_a_port_in_use_is_named():
     socket.create_server(("", port)),
     pytest.raises(ConfigError, match=f"process 0 cannot listen on port {port}"),
   ):
-    roll_call(f"localhost:{port}", 2, 0, 1)
+    rendezvous(f"localhost:{port}", 2, 0, 1)
 
 
 def test_a_stranger_who_never_ends_a_line_holds_nobody_up(monkeypatch):
   """Byte for byte it would be heard for as long as it likes."""
-  monkeypatch.setattr(roll_call_module, "LINE_SECONDS", 0.3)
+  monkeypatch.setattr(rendezvous_module, "LINE_SECONDS", 0.3)
   ours, theirs = socket.socketpair()
   stop = threading.Event()
 
@@ -187,7 +188,7 @@ def test_a_stranger_who_never_ends_a_line_holds_nobody_up(monkeypatch):
   thread = threading.Thread(target=drip)
   thread.start()
   begin = time.monotonic()
-  assert roll_call_module._hello(ours) is None
+  assert rendezvous_module._receive_hello(ours) is None
   assert time.monotonic() - begin < 3
   stop.set()
   thread.join()
@@ -217,7 +218,7 @@ def test_a_hello_without_numbers_is_a_strangers(change):
     ours, theirs = socket.socketpair()
     with ours, theirs:
       theirs.sendall(json.dumps(hello).encode() + b"\n")
-      assert roll_call_module._hello(ours) == wanted
+      assert rendezvous_module._receive_hello(ours) == wanted
 
 
 STATE = """
@@ -403,7 +404,7 @@ def body():
   table = make((1 << 20, 128), mesh.axis_names)
   ones = lambda: {"table": jax.jit(lambda: jnp.ones(table.shape), out_shardings=table.sharding)()}
   with Checkpoints(arguments[0], keep=1) as checkpoints:
-    distributed.agree(None)  # what JAX itself needs for its first exchange
+    distributed.first_error(None)  # what JAX itself needs for its first exchange
     before = peak()
     if arguments[1] == "save":
       checkpoints.save(1, jax.block_until_ready(ones()), {})

@@ -63,7 +63,7 @@ def test_loss_and_gradients_are_those_of_one_device(sizes):
 
 
 @pytest.mark.parametrize("sizes", SPLITS[1:], ids=str)
-def test_the_heads_gradient_goes_home_in_parts(sizes):
+def test_the_heads_gradient_goes_home_in_parts(optimized, sizes):
   """In bfloat16, as it is used; and what every device gets is its own part."""
   mesh = make_mesh(sizes)
   hidden, head, targets, mask = given(mesh)

@@ -11,6 +11,7 @@ from engram_jax.aot import collectives as hlo
 from engram_jax.aot.hlo_text import Array
 from engram_jax.core.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures("optimized")
 N = 8
 AXIS = "data"
 SPLIT = P(AXIS)

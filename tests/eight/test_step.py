@@ -32,8 +32,7 @@ SMALL = {
   "model.engram.gate": "sigmoid",
   "model.moe.expert_width": 16,
   "model.moe.dense_width": 32,
-  "model.residual.branches": 2,
-  "model.residual.sinkhorn_iterations": 2,
+  "model.residual.branches": 1,
   "model.engram.layers": [0, 1],
   "model.engram.heads": 2,
   "model.engram.row_width": 4,
@@ -112,10 +111,11 @@ def test_every_split_gives_the_losses_of_one_device(name):
   assert (rounds > 1) == (cfg.model.engram.exchange_capacity < 1)
 
 
-def test_the_step_makes_nothing_as_large_as_a_table_and_moves_no_part_of_one():
+def test_the_step_makes_nothing_as_large_as_a_table_and_moves_no_part_of_one(optimized):
   """20 times the table is the same program with other numbers in a few places."""
   mesh = make_mesh({"fsdp": 8})
-  large = load_config(None, SMALL | {"model.engram.rows_per_head": 400_009})
+  backbone = {"model.moe.routed_experts": 0}  # whose size does not matter here
+  large = load_config(None, SMALL | backbone | {"model.engram.rows_per_head": 400_009})
   compiled = lower_train_step(large, mesh).compile()
   text, rows = compiled.as_text(), 1_600_512
   assert rows in {-(-n // 1024) * 1024 for n in table_layout(large.model).rows.values()}

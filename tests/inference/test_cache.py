@@ -213,12 +213,12 @@ def test_a_device_cache_changes_no_row(store, cache, batches):
 
 
 def test_one_layer_of_a_device_cache_changes_no_row(store, cache):
-  for layer, rows in zip(LAYOUT.layers, ROWS, strict=True):
-    ids = np.arange(rows)[::-1][: 2 * (rows // 2)].reshape(2, -1)
+  for layer, count in zip(LAYOUT.layers, ROWS, strict=True):
+    ids = np.arange(count)[::-1][: 2 * (count // 2)].reshape(2, -1)
     rows = cache.fetch_layer(layer, ids, deadline=30)
     assert np.array_equal(rows, store.fetch_layer(layer, ids))
-    with pytest.raises(ValueError, match=f"layer {layer}: row id {rows}"):
-      cache.fetch_layer(layer, np.array([rows]))
+    with pytest.raises(ValueError, match=f"layer {layer}: row id {count}"):
+      cache.fetch_layer(layer, np.array([count]))
 
 
 def test_a_device_cache_of_bf16_rows_changes_no_row():

@@ -133,7 +133,7 @@ def test_a_layout_is_one_hashable_picklable_value():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"dialect": "crc32"}, "dialect='crc32' is none of deepseek_v41, engram, qwen_ple"),
+    ({"dialect": "crc32"}, "dialect='crc32' is none of .*deepseek_v41"),
     ({"max_ngram": 1}, "max_ngram=1 must be at least 2"),
     ({"heads": 0}, "heads=0 must be at least 1"),
     ({"layers": (1, 1)}, r"layers=\[1, 1\] must be distinct"),

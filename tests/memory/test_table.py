@@ -1,9 +1,5 @@
 """Truths about tables: padding, lookup and its transpose, distinct rows, sharding, the mesh."""
 
-import os
-import subprocess
-import sys
-
 import chex
 import hypothesis
 import hypothesis.extra.numpy
@@ -147,34 +143,3 @@ def test_mesh_that_does_not_fit_is_refused():
     make_mesh({"model": 1})
   with pytest.raises(ValueError, match="holds 6 devices but there are 1"):
     make_mesh({"data": 2, "tensor": 3}, devices=jax.devices()[:1])
-
-
-EIGHT_DEVICES = """
-import jax, jax.numpy as jnp, numpy as np
-from engram_jax.core.mesh import batch_sharding, make_mesh
-from engram_jax.memory.table import init_table, lookup, lookup_reference, table_sharding
-mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-table = init_table(jax.random.key(0), 3000, 4, std=1.0, mesh=mesh)
-assert table.sharding.shard_shape(table.shape) == (3072 // 8, 4)
-ids = jax.random.randint(jax.random.key(1), (8, 5, 3), 0, 3000)
-whole = jnp.asarray(np.asarray(table))
-np.testing.assert_array_equal(whole, init_table(jax.random.key(0), 3000, 4, std=1.0))
-spread = jax.device_put(ids, batch_sharding(mesh))
-rows = jax.jit(lambda t, i: lookup(t, i, mesh=mesh))(table, spread)
-np.testing.assert_array_equal(rows, lookup_reference(whole, ids))
-grad = jax.jit(jax.grad(lambda t, i: jnp.sum(lookup(t, i, mesh=mesh) ** 2)))(table, spread)
-assert grad.sharding.is_equivalent_to(table_sharding(mesh), 2), grad.sharding
-np.testing.assert_allclose(
-  grad, jax.grad(lambda t: jnp.sum(lookup_reference(t, ids) ** 2))(whole), rtol=1e-6)
-"""
-
-
-def test_sharded_over_eight_devices():
-  env = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-  }
-  run = subprocess.run(
-    [sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True, check=False
-  )
-  assert run.returncode == 0, run.stderr

@@ -47,19 +47,14 @@ def random_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
   return graphdef, params, jax.tree.map(lambda b: jnp.zeros(b.shape), biases)
 
 
-# Compiling is all of these tests' time.
-quickly = {"xla_backend_optimization_level": 0}
-compiled = functools.partial(jax.jit, static_argnums=0, compiler_options=quickly)
-
-
-@compiled
+@functools.partial(jax.jit, static_argnums=0)
 def forward(graphdef, params, biases, tokens_BT, rows=()):
   lm = nnx.merge(graphdef, params, biases)
   hidden_BTD, probes = lm(tokens_BT, rows)
   return hidden_BTD, lm.logits(hidden_BTD), probes
 
 
-@compiled
+@functools.partial(jax.jit, static_argnums=0)
 def _run(graphdef, params, biases, tokens_BT, rows, segments_BT, positions_BT, cotangents):
   def call(params, rows):
     lm = nnx.merge(graphdef, params, biases)
@@ -153,9 +148,7 @@ def test_at_the_start_only_the_convolution_norm_has_no_gradient(model):
     return nnx.split(LM(CFG, rngs=nnx.Rngs(key)), nnx.Param, RouterBias)[1:]
 
   cotangents = {"d_hidden": random(3, *NO_HIDDEN.shape), "d_logits": random(4, *NO_LOGITS.shape)}
-  hidden, _, (dparams, drows) = run(
-    (model[0], *jax.jit(start, compiler_options=quickly)()), **cotangents
-  )
+  hidden, _, (dparams, drows) = run((model[0], *jax.jit(start)()), **cotangents)
   assert np.isfinite(hidden).all()
   grads = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(dparams)}
   assert [path for path, grad in grads.items() if not np.isfinite(grad).all()] == []

@@ -39,9 +39,7 @@ def weights(cfg: ModelConfig):
   return graphdef, *(jax.tree.map(draw, nnx.to_pure_dict(state)) for state in states)
 
 
-@functools.partial(
-  jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
-)
+@functools.partial(jax.jit, static_argnums=0)
 def _run(graphdef, params, biases):
   def loss(params):
     lm = nnx.merge(graphdef, nnx.State(params), nnx.State(biases))

@@ -174,7 +174,7 @@ def test_a_matrix_of_another_rank_is_refused_by_name():
     parameter_groups({"shared": {"w_up": jnp.ones((2, 3, 4))}})
 
 
-def test_parameters_and_state_are_updated_in_place():
+def test_parameters_and_state_are_updated_in_place(optimized):
   params = {"moe": {"w_experts_up": _normal(3, 8, 8)}, "embedding": _normal(6, 4)}
   optimizer = backbone_optimizer(CFG, lambda count: 1e-3, params)
   state = optimizer.init(params)

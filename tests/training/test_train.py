@@ -12,6 +12,7 @@ import time
 
 import jax
 import pytest
+from jax.profiler import ProfileData
 
 import engram_jax
 from engram_jax.config import load_config
@@ -135,6 +136,27 @@ def test_a_finished_run_says_so_and_changes_nothing(lab, whole, tmp_path):
   assert done.code == 0
   assert "is finished (24 steps)" in done.err
   assert files(run) == before
+
+
+def test_a_profile_holds_the_steps_by_number_and_the_operations_by_scope(lab, tmp_path):
+  words = ("--train.profile", "3:4", "--train.steps", 6)
+  done = lab.training(tmp_path, *words)
+  assert done.code == 0, done.err
+  folder = tmp_path / "t" / "profile"
+  assert f"trace of steps 3:4 in {folder}" in done.err
+  (trace,) = folder.rglob("*.xplane.pb")
+  content = trace.read_bytes()
+  for scope in ("sparse_retrieval", "context_aware_gating", "short_conv", "table_update"):
+    assert scope.encode() in content, scope
+  planes = ProfileData.from_file(str(trace)).planes
+  traced = {
+    dict(event.stats)["step_num"]
+    for plane in planes
+    for line in plane.lines
+    for event in line.events
+    if event.name == "train"
+  }
+  assert traced == {3, 4}
 
 
 # --- stopping and resuming --------------------------------------------------------------------
@@ -308,6 +330,9 @@ BAD = [
   (["--data.tokenizer", "none.json"], "none.json"),
   (["--train.batch-size", "100000"], "train.batch_size=100000"),
   (["--model.engram.pad-id", "300"], "pad_id=300"),
+  (["--train.profile", "5:3"], "train.profile='5:3' must be FIRST:LAST with 1 <= FIRST <= LAST"),
+  (["--train.profile", "20:25"], "profile='20:25' must be FIRST:LAST with 1 <= FIRST <= LAST"),
+  (["--train.profile", "3"], "train.profile"),
 ]
 
 

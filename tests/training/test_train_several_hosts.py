@@ -1,7 +1,6 @@
 """train.py on two processes of four devices: it stops together, and goes on in one of eight."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,21 +10,16 @@ import numpy as np
 from hosts import ROOT, free_port
 
 BATCH, STEPS = 8, 12
+# Smooth where the tiny config jumps, so that runs stay together; see tests/eight/test_step.py.
+RUN = ("--model.engram.gate", "sigmoid", "--model.moe.top_k", "4", "--train.steps", STEPS)
+RUN += ("--train.batch_size", BATCH, "--train.eval_every", STEPS)
 
 
 def start(lab, root, *more, processes=1, devices=8):
   """One train.py per process, of one run."""
-  flags = f"--xla_force_host_platform_device_count={devices}"
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": flags,
-    "PYTHONPATH": str(ROOT),
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-  }
-  # Smooth where the tiny config jumps, so that runs stay together; see tests/eight/test_step.py.
-  common = ("--model.engram.gate", "sigmoid", "--model.moe.top_k", "4", "--train.steps", STEPS)
-  common += ("--train.batch_size", BATCH, "--train.eval_every", STEPS, "--run.root", root)
-  command = [sys.executable, "train.py", "--config", lab.config, *common, *more]
+  flags = f"{lab.environment['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+  environment = lab.environment | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+  command = [sys.executable, "train.py", "--config", lab.config, "--run.root", root, *RUN, *more]
   port = free_port()
   join = lambda i: ["--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.process", i]
   words = [
@@ -52,8 +46,8 @@ def lines(root):
 
 
 def test_two_hosts_train_as_one_stop_together_and_their_run_moves_to_another_mesh(lab, tmp_path):
-  codes, said = finish(start(lab, tmp_path / "one"))
-  assert codes == [0], said
+  done = lab.training(tmp_path / "one", *RUN)
+  assert done.code == 0, done.err
   expected = {line["step"]: line["loss"] for line in lines(tmp_path / "one")}
 
   root, split = tmp_path / "two", ("--mesh.data", 2, "--mesh.fsdp", 4)

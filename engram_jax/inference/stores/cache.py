@@ -29,7 +29,7 @@ _SALTS = np.array(
 )
 _HALVING = 100  # fetched rows an entry between two halvings; 10 and 1,000 had fewer hits on text
 _OVERHEAD_BYTES = 8 + 1 + 4 * 8  # an entry's id, its count, and at most 8 counters a sketch row
-_HALF = np.uint64(32)
+_HASH_SHIFT = np.uint64(32)
 
 
 class HostCache(RowStore):
@@ -135,8 +135,8 @@ class HostCache(RowStore):
 
   def _set_index(self, keys_N: np.ndarray) -> np.ndarray:
     """int64 [N]: 32 bits of a hash, scaled to the number of sets."""
-    hash_N = (keys_N.astype(np.uint64) * _GOLDEN) >> _HALF
-    return ((hash_N * np.uint64(len(self._keys_SW))) >> _HALF).astype(np.int64)
+    hash_N = (keys_N.astype(np.uint64) * _GOLDEN) >> _HASH_SHIFT
+    return ((hash_N * np.uint64(len(self._keys_SW))) >> _HASH_SHIFT).astype(np.int64)
 
 
 class Sketch:

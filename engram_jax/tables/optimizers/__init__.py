@@ -9,7 +9,8 @@ arrive as [U, C], one summed gradient per distinct row id, and the cost of a ste
     sinkhorn        momentum and Sinkhorn balancing: one moment instead of two (DeepSeek-V4.1)
 
 The name of a file is a value of `train.optimizer.table`; the file defines `from_config`, which
-makes the `TableOptimizer` (tables/table_optimizer.py) of a config. A new file is a new optimizer.
+makes the `TableOptimizer` (tables/table_optimizer.py) of a config. A new file is a new value of
+that field; `engram_jax.tables` exports those that come with the package.
 
 Micro-batches: their row ids are concatenated *before* the distinct ones are taken, so that a row
 met by several of them has one entry whose gradient is the sum. Two entries for one row would be two
