@@ -40,7 +40,7 @@ def check(mesh: Mesh) -> None:
   dense, dense_loss = dense_step(loop, layout, state, tokens)
   # With the emitters that a user has: those of tests/conftest.py write rows in a loop.
   compiled = step.lower(state, tokens).compile({"xla_cpu_use_fusion_emitters": True})
-  state, loss = step(state, tokens)
+  state, loss = compiled(state, tokens)
 
   chex.assert_trees_all_close(loss, dense_loss, rtol=1e-5)
   for layer, table in state[2].tables.items():
@@ -59,7 +59,7 @@ def check(mesh: Mesh) -> None:
 
   losses = [loss]
   for _, tokens in zip(range(8), loop.batches(mesh), strict=False):
-    state, loss = step(state, tokens)
+    state, loss = compiled(state, tokens)
     losses.append(loss)
   assert losses[-1] < losses[0] - 0.2
 

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Iterator
 from types import ModuleType
 
+import chex
 import jax.numpy as jnp
 import own_loop_checks
 import pytest
@@ -322,7 +323,7 @@ def check_pytest(options: list[str]) -> None:
 
 def test_pages_with_python_are_known():
   found = {page: len(blocks(page, "python", "py")) for page in PAGES}
-  assert {page: n for page, n in found.items() if n} == {README: 2, OWN_LOOP: 5, CHECKPOINTS: 1}
+  assert {page: n for page, n in found.items() if n} == {README: 2, OWN_LOOP: 6, CHECKPOINTS: 1}
 
 
 @pytest.mark.parametrize(
@@ -355,6 +356,26 @@ def test_clipping_and_an_optimizer_of_ones_own_fit_into_the_loop():
   exec(compile(source, OWN_LOOP, "exec"), loop)
   exec(compile(own_loop_part("def sgd"), OWN_LOOP, "exec"), loop)
   assert jnp.isfinite(loop["loss"])
+
+
+def test_the_decoding_of_the_own_loop_page_equals_the_forward_pass():
+  loop = vars(own_loop_checks.load())
+  setup = """
+layout = HashLayout.of(MEMORY, TokenCompressor.identity(V))
+tables = Tables(MEMORY, layout, optimizer=adam(1e-2))
+memory = tables.init(jax.random.key(1))
+engram = Engram(MEMORY, D, 1, rngs=nnx.Rngs(0))
+tokens = jax.random.randint(jax.random.key(2), (B, 5), 0, V)
+hidden_BTGD = jax.random.normal(jax.random.key(3), (B, 5, 1, D))
+hidden_B1GD = hidden_BTGD[:, 4:]
+"""
+  exec(setup + own_loop_part("history_BH"), loop)
+  layer = loop["layer"]
+  ids = loop["row_ids"](loop["layout"], layer, loop["tokens"])
+  rows = loop["tables"].lookup(loop["memory"], {layer: ids})[layer]
+  full, _ = loop["engram"](loop["hidden_BTGD"], rows)  # the taps of a new module are zero
+  chex.assert_trees_all_close(loop["delta_B1GD"], full[:, 4:], atol=1e-6)
+  chex.assert_equal_shape([loop["cache"].value_BPD, loop["cache"].scale_BPG[..., :1]], dims=(0, 1))
 
 
 def test_the_own_loop_page_names_the_mesh_that_is_tested():

@@ -179,8 +179,9 @@ class HashLayout:
       valid = all(m > 0 and m % 2 and m * largest < 2**63 for m in factors)
       if len(factors) != self.max_ngram or not valid:
         raise ValueError(
-          f"dialect={self.dialect!r} gives layer {layer} the multipliers {list(factors)}: they must "
-          f"be max_ngram={self.max_ngram} positive odd integers, with products below 2^63 by {largest}"
+          f"dialect={self.dialect!r} gives layer {layer} multipliers {list(factors)}: they must be "
+          f"max_ngram={self.max_ngram} positive odd integers, with products below 2^63 for ids of "
+          f"up to {largest}"
         )
     return drawn
 

@@ -38,7 +38,6 @@ CASES = (
 def config(lab, table: str = "adam", parts: int = 1, dtype: str = "float32", place: str = "host"):
   changes = {
     "model.moe.routed_experts": 0,
-    "model.residual.branches": 1,
     "model.engram.layers": list(LAYERS),
     "model.engram.rows_per_head": 701,
     "model.engram.table_dtype": dtype,

@@ -330,7 +330,7 @@ BAD = [
   (["--data.tokenizer", "none.json"], "none.json"),
   (["--train.batch-size", "100000"], "train.batch_size=100000"),
   (["--model.engram.pad-id", "300"], "pad_id=300"),
-  (["--train.profile", "5:3"], "train.profile='5:3' must be FIRST:LAST with 1 <= FIRST <= LAST"),
+  (["--train.profile", "5:3"], "train: profile='5:3' must be FIRST:LAST with 1 <= FIRST <= LAST"),
   (["--train.profile", "20:25"], "profile='20:25' must be FIRST:LAST with 1 <= FIRST <= LAST"),
   (["--train.profile", "3"], "train.profile"),
 ]

@@ -12,7 +12,7 @@ from hosts import ROOT, free_port
 BATCH, STEPS = 8, 12
 # Smooth where the tiny config jumps, so that runs stay together; see tests/eight/test_step.py.
 RUN = ("--model.engram.gate", "sigmoid", "--model.moe.top_k", "4", "--train.steps", STEPS)
-RUN += ("--train.batch_size", BATCH, "--train.eval_every", STEPS)
+RUN += ("--train.batch_size", BATCH, "--train.eval_every", STEPS, "--model.residual.branches", 1)
 
 
 def start(lab, root, *more, processes=1, devices=8):
