@@ -25,10 +25,10 @@ from engram_jax.training.step import make_train_step
 STEPS, B, T, J, LAYERS = 30, 4, 16, 4, (0, 1)
 POISONED = (7, 8, 20)  # steps that are not finite
 FLUSHED = 14  # after which all rows are brought up to date, as before an evaluation
-# (table optimizer, micro-batches, table's dtype, placement)
+# (table optimizer, micro-batches, table's dtype, placement); Adam and a file are in
+# tests/training/test_train_host.py
 CASES = (
   ("adam", 2, "float32", "host"),
-  ("adam", 1, "float32", "file"),
   ("adam_catch_up", 1, "bfloat16", "host"),
   ("adagrad", 1, "float32", "file"),
   ("sinkhorn", 1, "bfloat16", "file"),

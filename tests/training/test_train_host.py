@@ -146,7 +146,7 @@ def test_200_steps_of_the_real_program_are_the_same_bits(lab, tmp_path):
   for placement in ("device", "host", "file"):
     words = (sys.executable, "train.py", "--config", lab.config, "--run.root", tmp_path / placement)
     words += ("--train.steps", 200, "--train.checkpoint_every", 200, PLACEMENT, placement)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     subprocess.run([str(word) for word in words], cwd=ROOT, env=environment, check=True)
   runs = {
     placement: tmp_path / placement / cfg.run.name for placement in ("device", "host", "file")
