@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from engram_jax.core.distributed import on_main
+from engram_jax.core.manifest import replace_file
 from engram_jax.errors import StorageError
 
 NAME = "metrics.jsonl"
@@ -113,12 +114,7 @@ def _remove_after(path: pathlib.Path, step: int | None) -> None:
   for number, line in enumerate(lines, 1):
     if step is not None and _step_of(path, number, line) <= step:
       kept.append(line + b"\n")
-  unfinished = path.with_name(f"{path.name}.tmp")
-  with open(unfinished, "wb") as file:
-    file.write(b"".join(kept))
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(unfinished, path)
+  replace_file(path, b"".join(kept))
 
 
 def _step_of(path: pathlib.Path, number: int, line: bytes) -> int:

@@ -9,12 +9,12 @@ result or error is that of all.
 """
 
 import fcntl
-import os
 import pathlib
 from typing import Any
 
 from engram_jax.config import Config, load_config
 from engram_jax.core.distributed import is_main, on_main
+from engram_jax.core.manifest import PARTIAL, replace_file
 from engram_jax.errors import ConfigError, StorageError
 
 CONFIG = "config.yaml"
@@ -22,9 +22,8 @@ TOKENIZER = "tokenizer.json"
 CHECKPOINTS = "checkpoints"
 PROFILE = "profile"
 _LOCK = ".lock"
-_PARTIAL = ".partial"
 # What a process that was killed before its folder became a run may have left there.
-_BEFORE_CONFIG = (_LOCK, TOKENIZER, TOKENIZER + _PARTIAL, CONFIG + _PARTIAL)
+_BEFORE_CONFIG = (_LOCK, TOKENIZER, TOKENIZER + PARTIAL, CONFIG + PARTIAL)
 
 
 def check_config(cfg: Config) -> bool:
@@ -91,8 +90,10 @@ class RunDirectory:
     try:
       known = _check_config(cfg)
       if not known:
-        _write(self.path / TOKENIZER, tokenizer_json)
-        _write(self.path / CONFIG, cfg.to_yaml())  # last: with it the folder is a run
+        replace_file(self.path / TOKENIZER, tokenizer_json.encode())
+        replace_file(
+          self.path / CONFIG, cfg.to_yaml().encode()
+        )  # last: with it the folder is a run
     except BaseException:
       self._lock.close()
       raise
@@ -116,15 +117,6 @@ def open_run(directory: str | pathlib.Path) -> Config:
     raise ConfigError(f"run {path}: no {CONFIG} there; give a folder that train.py wrote")
   root, name = str(path.resolve().parent), path.resolve().name
   return load_config(path / CONFIG, {"run.root": root, "run.name": name})
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  partial = path.with_name(path.name + _PARTIAL)
-  with open(partial, "w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
