@@ -64,19 +64,9 @@ def collectives(text: str) -> list[Collective]:
   return found
 
 
-def collective_bytes(text: str) -> int:
-  """Bytes of all collectives, loops counted: `Collective.bytes` times `count`."""
-  return sum(found.bytes * found.count for found in collectives(text))
-
-
 def arrays(text: str) -> set[Array]:
   """Returns every array that is (part of) the result of an instruction, fused or not."""
   return {array for _, instruction in parse(text).instructions() for array in instruction.arrays}
-
-
-def largest_arrays(text: str, number: int = 10) -> list[Array]:
-  """The distinct arrays of the program with the most bytes, largest first."""
-  return sorted(arrays(text), key=lambda array: (-array.bytes, array))[:number]
 
 
 def has_array_with_rows(text: str, rows: int) -> bool:
