@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import pytest
 import yaml
+from compilation import use_older_emitters
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
@@ -25,9 +26,7 @@ from engram_jax.cli import run_command
 from engram_jax.config import Config, RunConfig
 from engram_jax.memory.hash_layout import HashLayout
 
-# XLA's older emitters of kernels for CPUs compile in half the time, to the same numbers. The flags
-# are read when the first program is compiled, and by the processes that tests start.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+use_older_emitters()
 
 ROOT = pathlib.Path(engram_jax.__file__).parents[1]
 TEXTS = ("bisect", "copy", "dis", "heapq")  # modules of the standard library, read as text

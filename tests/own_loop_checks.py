@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from compilation import USER_EMITTERS
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -39,7 +40,7 @@ def check(mesh: Mesh) -> None:
   tokens = next(loop.batches(mesh))
   dense, dense_loss = dense_step(loop, layout, state, tokens)
   # With the emitters that a user has: those of tests/conftest.py write rows in a loop.
-  compiled = step.lower(state, tokens).compile({"xla_cpu_use_fusion_emitters": True})
+  compiled = step.lower(state, tokens).compile(USER_EMITTERS)
   state, loss = compiled(state, tokens)
 
   chex.assert_trees_all_close(loss, dense_loss, rtol=1e-5)

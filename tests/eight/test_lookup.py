@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import USER_EMITTERS
 from jax.sharding import NamedSharding, PartitionSpec
 
 from engram_jax.aot.collectives import collectives, has_array_with_rows, makers
@@ -233,7 +234,7 @@ def test_without_a_table_gradient_nothing_of_its_size_is_made(optimized):
 
   lowered = jax.jit(run, donate_argnums=(0, 1)).lower(table, state, ids, weights)
   # With the emitters that a user has: those of tests/conftest.py write rows in a loop.
-  program = lowered.compile({"xla_cpu_use_fusion_emitters": True})
+  program = lowered.compile(USER_EMITTERS)
   made = {i.opcode for i in makers(program.as_text(), ROWS // 8)}
   assert made <= {"scatter", "fusion"}, made  # written in place; a gradient would be a broadcast
   shard_bytes = (ROWS // 8) * (3 * WIDTH + 1) * 4
