@@ -1,13 +1,11 @@
-"""Quick compilation on CPUs: XLA's older emitters of kernels give equal numbers in half the time."""
+"""Quick compilation on CPUs: XLA's older emitters of kernels, equal numbers in half the time."""
 
 import os
 
 import jaxlib.version
 
-# Later compilers refuse the flag.
-HAS_OLDER_EMITTERS = jaxlib.version.__version__.startswith("0.10.")
-  "0.10."
-)  # later compilers refuse the flag
+VERSION = jaxlib.version.__version__
+HAS_OLDER_EMITTERS = VERSION.startswith("0.10.")  # later compilers refuse the flag
 USER_EMITTERS = {"xla_cpu_use_fusion_emitters": True} if HAS_OLDER_EMITTERS else {}
 """Options of `Lowered.compile` for a program that is read: kernels as a user gets them."""
 
