@@ -81,8 +81,7 @@ def test_a_run_is_one_loop_over_bfloat16_weights():
   forward = lambda p: nnx.merge(graphdef, nnx.State(p), nnx.State(biases))(TOKENS, (ROWS,))[0]
   jaxpr = jax.make_jaxpr(forward)(params)
   (loop,) = [e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == 2]
-  stacked = loop.invars[loop.params["num_consts"] + loop.params["num_carry"] :]
-  dtypes = {variable.aval.shape: variable.aval.dtype for variable in stacked}
+  dtypes = {variable.aval.shape: variable.aval.dtype for variable in loop.invars}
   assert dtypes[2, 3, 8, 4] == jnp.bfloat16  # experts
   assert dtypes[2, 8, 3] == jnp.float32  # router
 
