@@ -17,6 +17,7 @@ from engram_jax.commands import convert
 from engram_jax.config import load_config
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.run_directory import open_run
+from engram_jax.core.schedule import learning_rate
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.inference.decoder import Weights
 from engram_jax.inference.load import LoadedModel, load_model, table_provenance
@@ -27,12 +28,14 @@ from engram_jax.memory.compress import TokenCompressor
 from engram_jax.memory.hash_layout import HashLayout
 from engram_jax.memory.table import padded_rows
 from engram_jax.memory.vocabulary import Vocabulary
-from engram_jax.tables import base, saved_run
+from engram_jax.tables import saved_run
 from engram_jax.tables.saved_run import load_run
 from engram_jax.tables.table_optimizer import table_optimizer
 from engram_jax.training.state import flush, make_setup, restore_state
 
 STEP = 6
+# A rate that changes at every step, as rows that catch up must notice.
+RATE = {"train.optimizer.learning_rate": 0.01, "train.schedule.warmup_steps": 2 * STEP}
 OPTIMIZERS = {  # rows that lag behind, in both types, and rows that never do
   "adam_catch_up": {"train.optimizer.table": "adam_catch_up"},
   "adam_catch_up-bf16": {
@@ -48,14 +51,14 @@ def run(request, built, tmp_path_factory):
   """A run with two tables after a few steps of their optimizer, and its rows brought up to date."""
   directory = {"run.root": str(tmp_path_factory.mktemp("runs")), "run.name": "t"}
   cfg = load_config(
-    built.config, directory | OPTIMIZERS[request.param] | {"model.engram.layers": [0, 1]}
+    built.config, directory | RATE | OPTIMIZERS[request.param] | {"model.engram.layers": [0, 1]}
   )
   engram, tokens = cfg.model.engram, TokenCompressor.identity(cfg.model.vocab_size)
   hash_sizes = (engram.rows_per_head, engram.max_ngram, engram.heads)
   layout = HashLayout.build(engram.dialect, engram.layers, *hash_sizes, tokens.size, 2)
-  optimizer = table_optimizer(cfg.train.optimizer, lambda step: 0.01 / (1 + step))
-  monkey = pytest.MonkeyPatch()
-  monkey.setattr(base, "learning_rate", lambda *_: lambda step: 0.01 / (1 + step))
+  peak = cfg.train.optimizer.learning_rate
+  schedule = learning_rate(cfg.train.schedule, peak, cfg.train.steps)
+  optimizer = table_optimizer(cfg.train.optimizer, schedule)
   cfg.run.directory.mkdir(parents=True)
   (cfg.run.directory / "config.yaml").write_text(cfg.to_yaml())
   vocabulary = Vocabulary(tokenizer(), tokens, layout)
@@ -70,7 +73,7 @@ def run(request, built, tmp_path_factory):
   without_pad_rows = lambda tables: [
     np.asarray(t, np.float32)[: layout.rows[x]] for t, x in zip(tables, layout.layers, strict=True)
   ]
-  yield types.SimpleNamespace(
+  return types.SimpleNamespace(
     path=cfg.run.directory,
     layout=layout,
     tokens=tokens,
@@ -78,7 +81,6 @@ def run(request, built, tmp_path_factory):
     saved=without_pad_rows(tables),
     is_lazy=optimizer.is_lazy,
   )
-  monkey.undo()
 
 
 def train_tables(optimizer, layout, engram):
