@@ -306,6 +306,8 @@ def check_pytest(options: list[str]) -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("-m", dest="marker")
   parser.add_argument("-k", dest="keywords", default="")
+  parser.add_argument("-n", type=int)
+  parser.add_argument("--dist", choices=["loadfile"])
   parser.add_argument("paths", nargs="*", default=["tests"])
   own = parser.parse_args(options)
   paths = [ROOT / path for path in own.paths]
