@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def candidates(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
-  """What is timed, by name; every callable dispatches one compiled computation."""
+  """Callables to time, by name; every callable dispatches one compiled computation."""
   cfg = EngramConfig(heads=COLUMNS // 2, max_ngram=3, row_width=ROW_WIDTH)
   graphdef, params = nnx.split(Engram(cfg, WIDTH, BRANCHES, rngs=nnx.Rngs(0)))
   # A convolution that is not zero, as in the middle of a run.

@@ -159,7 +159,7 @@ class ColdFileSource:
 
 
 def without_memory(weights: Weights) -> Weights:
-  """The same model with no memory; its other parameters are unchanged."""
+  """The model without a memory; its other parameters are unchanged."""
   cfg = weights.cfg.model_copy(update={"engram": EngramConfig(layers=())})
   graphdef, _, _ = nnx.split(
     nnx.eval_shape(lambda: LM(cfg, rngs=nnx.Rngs(0))), nnx.Param, RouterBias

@@ -1,4 +1,4 @@
-"""What do smaller rows cost? Validation loss of a run with its tables in other encodings.
+"""The cost of smaller rows: validation loss of a run with its tables in other encodings.
 
     python train.py
     python benchmarks/row_types.py --run runs/tiny [--batches N] [--json]

@@ -1,4 +1,4 @@
-"""What several test files share: the two commands as modules, and a laboratory to run them in."""
+"""Shared by several test files: the two commands as modules, and a laboratory to run them in."""
 
 import contextlib
 import functools
@@ -173,7 +173,7 @@ def few_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory, quick_compilation) -> Lab:
-  """What every laboratory shares: the corpus, a config that names it, the commands."""
+  """The parts that every laboratory shares: the corpus, a config that names it, the commands."""
   folder = tmp_path_factory.mktemp("lab")
   (folder / "text").mkdir()
   for name in TEXTS:

@@ -1,4 +1,4 @@
-"""What docs/own_loop.py must do on any mesh; tests/tables and tests/eight run the file itself."""
+"""Checks of docs/own_loop.py on any mesh; tests/tables and tests/eight run the file itself."""
 
 import importlib.util
 import pathlib

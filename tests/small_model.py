@@ -104,7 +104,7 @@ def random_tokens(seed: int, length: int) -> list[int]:
 
 
 def with_nan_params(decoder: Decoder) -> Decoder:
-  """The same decoder with NaN parameters, as training may leave them."""
+  """A copy of the decoder with NaN parameters, as training may leave them."""
   other = copy.copy(decoder)
   params = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), decoder.model.params)
   other.model = decoder.model._replace(params=params)

@@ -125,7 +125,7 @@ def blocks(page: str, *languages: str) -> list[str]:
 
 
 def inline(page: str) -> list[str]:
-  """What stands between backticks outside of fenced blocks."""
+  """Text between backticks outside of fenced blocks."""
   return [" ".join(x.split()) for x in re.findall(r"`([^`]+)`", BLOCK.sub("", PAGES[page]))]
 
 
@@ -170,7 +170,7 @@ def test_every_command_is_run_or_has_a_reason_not_to():
 
 @pytest.fixture(scope="module")
 def ran(lab: Lab) -> Iterator[dict[str, Done]]:
-  """What each command of `RUN` did."""
+  """Results of the commands of `RUN`."""
   shutil.copytree(ROOT / "configs", lab.folder / "configs")
   small = yaml.safe_load(lab.config.read_text())
   small["run"]["name"] = "tiny"

@@ -1,4 +1,4 @@
-"""What the exchange of rows moves and makes, read from the program that a TPU's compiler makes.
+"""Arrays that the exchange of rows moves and makes, read from the program that a TPU's compiler makes.
 
 tests/eight/test_lookup.py reads the same contracts from a program for eight simulated devices.
 """

@@ -86,7 +86,7 @@ def layers(ws, x, unroll=1):
 
 
 def costs(unroll):
-  """Of the gradient of `layers`, and what XLA says of it."""
+  """Costs of the gradient of `layers`, ours and XLA's."""
   wanted = topology("v5p:1x1x1")
   here = NamedSharding(make_mesh({}, abstract_devices(wanted)), P())
   given = [

@@ -34,7 +34,7 @@ def answers(done):
 
 
 def test_the_texts_are_eval_s(lab, run, say):
-  """What the plain form says, which runs the whole window again for each token."""
+  """Text of the plain form, which runs the whole window again for each token."""
   plain = lab.evaluation(run, "--json", "--batches", 1, "--tokens", 12, "--prompt", *PROMPTS)
   result = answers(say("--run", run, "--prompt", *PROMPTS, "--tokens", 12, "--json"))
   expected = [sample["greedy"] for sample in answers(plain)["samples"]]
@@ -103,7 +103,7 @@ def test_a_single_text_is_streamed_and_ends_at_a_stop_string(run, say):
 
 
 def test_prompts_from_the_terminal(run, say, monkeypatch):
-  """What is compiled for one line serves the next."""
+  """Programs compiled for one line serve the next."""
   made = []
   monkeypatch.setattr(generate, "Decoder", lambda *a: made.append(a[2]) or Decoder(*a))
   monkeypatch.setattr(sys, "stdin", iter(["def f(\n", "\n", "class\n"]))

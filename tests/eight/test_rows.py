@@ -32,7 +32,7 @@ def _batches():
 
 
 def _whole(ids, grads):
-  """The same batch for one device: ids of the whole table, its fill last."""
+  """The batch for one device: ids of the whole table, its fill last."""
   inside = ids < R // DEVICES
   rows = (ids + np.arange(DEVICES)[:, None] * (R // DEVICES))[inside].astype(np.int32)
   fill = ids.size - rows.size

@@ -175,7 +175,7 @@ def started(lab, tmp_path):
 
 
 def steps_until(error: type[Exception], match: str, step, state, batches) -> int:
-  """How many steps were taken before it was raised."""
+  """Returns the number of steps taken before it was raised."""
   taken = []
 
   def run(state) -> None:

@@ -1,4 +1,4 @@
-"""What every table optimizer promises: touched rows move, nothing else is read, made or changed."""
+"""Promises of every table optimizer: touched rows move, nothing else is read, made or changed."""
 
 import functools
 import re

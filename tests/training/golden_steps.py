@@ -108,7 +108,7 @@ def run(table: str, placement: str) -> dict[str, list[float]]:
 
 
 def golden(table: str, placement: str) -> dict[str, list[float]]:
-  """What the file holds; tables on the host give the numbers of tables on the device."""
+  """Values of the file; tables on the host give the numbers of tables on the device."""
   stored = json.loads(GOLDEN.read_text())
   return stored["eight" if placement == "eight" else "device"][table]
 

@@ -34,7 +34,7 @@ def lines(run: pathlib.Path) -> list[dict]:
 
 
 def numbers(run: pathlib.Path) -> list[dict]:
-  """What a run computed: its metrics without the clock's."""
+  """Numbers that a run computed: its metrics without the clock's."""
   clock = ("tokens_per_second", "mfu")
   return [{k: v for k, v in line.items() if k not in clock} for line in lines(run)]
 

@@ -71,7 +71,7 @@ def test_the_same_model_goes_on_with_its_tables(lab, still):
 
 @pytest.mark.parametrize("placement", ["host", "file"])
 def test_the_sources_tables_may_lie_anywhere_and_be_rounded(lab, still, tmp_path, placement):
-  """What is still stays still: only the table's dtype is another."""
+  """Values that do not move stay: only the table's dtype is another."""
   quiet = ("--train.optimizer.learning_rate", 1e-30, "--model.moe.bias_step", 0, *QUICK)
   words = ("--run.name", "there", "--train.seed", 5, "--model.engram.placement", placement)
   assert lab.training(tmp_path, *words, *quiet).code == 0
