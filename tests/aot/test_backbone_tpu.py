@@ -81,7 +81,7 @@ def test_attention_is_the_splash_kernel_in_every_layer(compiled):
 
 
 def test_experts_are_grouped_products(compiled):
-  """Products on v4 and v5p: for v5e, v6e and tpu7x this compiler makes dense products of a ragged_dot."""
+  """Products on v4 and v5p: for v5e, v6e and tpu7x it makes dense ones of `ragged_dot`."""
   assert compiled["ragged_dot"] > 0
 
 

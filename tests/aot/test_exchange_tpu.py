@@ -1,4 +1,4 @@
-"""Arrays that the exchange of rows moves and makes, read from the program that a TPU's compiler makes.
+"""Arrays that the exchange of rows moves and makes, read from the program of a TPU's compiler.
 
 tests/eight/test_lookup.py reads the same contracts from a program for eight simulated devices.
 """

@@ -121,7 +121,7 @@ def test_flush_is_sync_of_every_row_in_turns(rows, monkeypatch):
 
 @pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.95), (0.9, 0.999), (0.5, 0.9), (0.97, 0.95)])
 def test_what_a_row_would_still_move_cannot_be_seen(b1, b2):
-  """Decay of the worst row: one whose gradients grew so that its momentum is the largest it can be."""
+  """Decay of the worst row: its gradients grew so that its momentum is the largest it can be."""
   if b1 * b1 < b2:
     q = (1 - b1) / math.sqrt((1 - b2) * (1 - b1 * b1 / b2))
     k = np.arange(decay_steps(b1, b2) + 1, 100_000)
