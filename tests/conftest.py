@@ -120,6 +120,11 @@ def load_command(name: str) -> ModuleType:
   return module
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """The longest test first: where two processes share the tests, it would else end alone."""
+  items.sort(key=lambda item: item.path.name != "test_eight_devices.py")
+
+
 @pytest.fixture(scope="session")
 def quick_compilation(tmp_path_factory) -> dict[str, object]:
   """The jax options of quick compilation: each program once in a session, and not optimized."""
