@@ -8,7 +8,8 @@ after every file it names is on the disk, tells which checkpoints are complete a
     problem = verify(directory)          # None, or one line that describes the damage
 
 `manifest.json` is `{"digest": sha256 of the canonical JSON of content, "content": {...}}`, so that
-a damaged manifest is noticed like any other damaged file.
+a damaged manifest is noticed like any other damaged file. A right digest says only that nothing
+changed since: what is read is checked against `Content` too, whoever wrote it.
 
 `replace_file` and `sync_directory` are for any file that a crash must not leave half written.
 """
@@ -20,12 +21,18 @@ import importlib.metadata
 import json
 import os
 import pathlib
-from typing import Any
+import stat
+from typing import Annotated, Any, Literal, NamedTuple
 
+import pydantic
+from pydantic import AfterValidator, Field
+
+from engram_jax.config.bounded import read_bounded, shorten
 from engram_jax.errors import StorageError
 
 NAME = "manifest.json"
 FORMAT = 1
+MAX_BYTES = 16 << 20  # a hundred thousand files fit; nothing larger is read
 PARTIAL = ".partial"  # ends the name of a file that is being written
 _LIBRARIES = ("engram_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -65,38 +72,77 @@ def write(directory: pathlib.Path, content: dict[str, Any]) -> None:
   replace_file(directory / NAME, text.encode())
 
 
+class Problem(NamedTuple):
+  """The reason why a checkpoint cannot be used.
+
+  Attributes:
+    kind: missing: the manifest, or a file it names, is not there. damaged: something is there, and
+      is not what was written. unreadable: the system could not read it, or it has the format of
+      another version, which says nothing against what is there: it may be readable tomorrow, or
+      for somebody else.
+    message: one line that names the file.
+  """
+
+  kind: Literal["missing", "damaged", "unreadable"]
+  message: str
+
+
+class ManifestError(StorageError):
+  """A manifest that cannot be used; `problem` says of which kind the reason is."""
+
+  def __init__(self, problem: Problem):
+    super().__init__(problem.message)
+    self.problem = problem
+
+
 def read(directory: pathlib.Path) -> dict[str, Any]:
-  """Returns the content of a manifest; StorageError that describes the damage if there is any."""
+  """Returns the content of a manifest; ManifestError, a StorageError, if it cannot be used."""
   path = directory / NAME
   try:
-    stored = json.loads(path.read_bytes())
-    digest, content = stored["digest"], stored["content"]
-  except FileNotFoundError:
-    raise StorageError(f"{path} is missing: the checkpoint was never completed") from None
+    text = read_bounded(path, MAX_BYTES)
   except OSError as error:
-    raise StorageError(f"{path} cannot be read: {error.strerror}") from None
-  except (ValueError, TypeError, KeyError):
-    raise StorageError(f"{path} is damaged: not a manifest") from None
-  if digest != _digest(content):
-    raise StorageError(f"{path} is damaged: its content does not match its own digest")
-  if content["format"] != FORMAT:
-    raise StorageError(f"{path} has format {content['format']}; this version reads {FORMAT}")
+    raise ManifestError(_problem_of(error, path, ": the checkpoint was never completed")) from None
+  except ValueError as error:
+    raise _damaged(path, f"it {error}") from None
+  try:
+    stored = json.loads(text.decode("utf-8"))
+    digest, content = stored["digest"], stored["content"]
+    actual = _digest(content)
+  except (ValueError, TypeError, KeyError, RecursionError):
+    raise _damaged(path, "not a manifest") from None
+  if digest != actual:
+    raise _damaged(path, "its content does not match its own digest")
+  version = content.get("format") if isinstance(content, dict) else None
+  if type(version) is int and version != FORMAT:
+    says = f"{path} has format {shorten(version)}; this version reads {FORMAT}"
+    raise ManifestError(Problem("unreadable", says))
+  try:
+    Content.model_validate(content)
+  except pydantic.ValidationError as error:
+    first = error.errors(include_url=False)[0]
+    where = ": ".join(shorten(part) for part in first["loc"]) or "content"
+    raise _damaged(path, f"{where}: {first['msg']} (got {shorten(first['input'])})") from None
   return content
 
 
 def verify(directory: pathlib.Path) -> str | None:
-  """Describes the damage to the checkpoint in `directory`, in one line; None if there is none.
+  """Describes why the checkpoint in `directory` cannot be used, in one line; None if it can.
 
   Reads every file once. Files the manifest does not name are ignored.
   """
+  problem = examine(directory)
+  return problem.message if problem else None
+
+
+def examine(directory: pathlib.Path) -> Problem | None:
+  """Returns the first reason why the checkpoint in `directory` cannot be used, as `verify` does."""
   try:
     content = read(directory)
-  except StorageError as error:
-    return str(error)
+  except ManifestError as error:
+    return error.problem
   for name, expected in content["files"].items():
-    problem = _difference(directory / name, expected)
-    if problem:
-      return f"{directory / name} {problem}"
+    if problem := _difference(directory / name, expected):
+      return problem
   return None
 
 
@@ -126,18 +172,71 @@ def sync_directory(path: pathlib.Path) -> None:
     os.close(descriptor)
 
 
-def _difference(path: pathlib.Path, expected: dict[str, Any]) -> str | None:
+def _difference(path: pathlib.Path, expected: dict[str, Any]) -> Problem | None:
   try:
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-      return f"has {size} bytes, its manifest says {expected['bytes']}"
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+      return Problem("damaged", f"{path} is no longer a file")
+    if status.st_size != expected["bytes"]:
+      says = f"{path} has {status.st_size} bytes, its manifest says {expected['bytes']}"
+      return Problem("damaged", says)
     if _describe(path) != expected:
-      return "has changed: its sha256 is not the manifest's"
-  except FileNotFoundError:
-    return "is missing"
+      return Problem("damaged", f"{path} has changed: its sha256 is not the manifest's")
   except OSError as error:
-    return f"cannot be read: {error.strerror}"
+    return _problem_of(error, path)
   return None
+
+
+# A path that leads nowhere, whoever asks and whenever; any other error is of reading.
+_ABSENT = (errno.ENOENT, errno.ENOTDIR)
+_UNFIT = (errno.ELOOP, errno.ENAMETOOLONG)
+
+
+def _problem_of(error: OSError, path: pathlib.Path, consequence: str = "") -> Problem:
+  if error.errno in _ABSENT:
+    return Problem("missing", f"{path} is missing{consequence}")
+  kind = "damaged" if error.errno in _UNFIT else "unreadable"
+  return Problem(kind, f"{path} cannot be read: {error.strerror or error}")
+
+
+def _damaged(path: pathlib.Path, reason: str) -> ManifestError:
+  return ManifestError(Problem("damaged", f"{path} is damaged: {reason}"))
+
+
+def _require_inside(name: str) -> str:
+  """Refuses the name of a file that would lie outside the checkpoint's folder, or nowhere."""
+  parts = name.split("/")
+  is_inside = {"", ".", ".."}.isdisjoint(parts)
+  if not is_inside or not name.isprintable() or max(map(len, parts)) > 255 or len(name) > 1024:
+    raise ValueError("not the name of a file inside the folder")
+  return name
+
+
+Size = Annotated[int, Field(ge=0, lt=2**63)]
+FileName = Annotated[str, AfterValidator(_require_inside)]
+Signature = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*\[([0-9]{1,19}(,[0-9]{1,19})*)?\]$")]
+
+
+class _Strict(pydantic.BaseModel):
+  model_config = pydantic.ConfigDict(strict=True)
+
+
+class FileEntry(_Strict):
+  """The size of a file and the digest of what it holds."""
+
+  bytes: Size
+  sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Content(_Strict):
+  """The content of a manifest, as `build` makes it; `meta` is the caller's, and any JSON values."""
+
+  format: Size
+  step: Size
+  versions: dict[str, str]
+  meta: dict[str, Any]
+  tree: dict[str, Signature]
+  files: dict[FileName, FileEntry]
 
 
 def _describe(path: pathlib.Path, sync: bool = False) -> dict[str, Any]:

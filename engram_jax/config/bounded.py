@@ -1,0 +1,52 @@
+"""Files and values from outside, bounded before they are read or shown."""
+
+import os
+import pathlib
+import stat
+from typing import Any, BinaryIO
+
+SHOWN_CHARACTERS = 100  # of a value, in a message
+_KINDS = {
+  stat.S_IFDIR: "a folder",
+  stat.S_IFIFO: "a pipe",
+  stat.S_IFCHR: "a device",
+  stat.S_IFBLK: "a device",
+  stat.S_IFSOCK: "a socket",
+}
+
+
+def open_regular(path: pathlib.Path) -> BinaryIO:
+  """Opens a regular file for reading, and never waits for a writer.
+
+  Raises OSError where it cannot be read, ValueError saying what it is where it is no regular file.
+  """
+  # Without O_NONBLOCK, opening a pipe waits until somebody writes to it.
+  descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+  kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+  if kind != stat.S_IFREG:
+    os.close(descriptor)
+    raise ValueError(f"is {_KINDS.get(kind, 'something else')}, not a file")
+  return open(descriptor, "rb")
+
+
+def read_bounded(path: pathlib.Path, limit: int) -> bytes:
+  """Returns the content of a regular file of at most `limit` bytes.
+
+  Raises as `open_regular` does, and ValueError for a larger file.
+  """
+  with open_regular(path) as file:
+    # The size of a file that grows, or of one in /proc, says nothing: one byte more is asked for.
+    size = max(os.fstat(file.fileno()).st_size, 0)
+    content = file.read(limit + 1) if size <= limit else b""
+  if max(size, len(content)) > limit:
+    raise ValueError(f"has {max(size, len(content)):,} bytes: at most {limit:,}")
+  return content
+
+
+def shorten(value: Any, limit: int = SHOWN_CHARACTERS) -> str:
+  """Returns the repr of a value that came from outside, cut after `limit` characters."""
+  try:
+    text = repr(value)
+  except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists
+    return f"a {type(value).__name__} too long to show"
+  return text if len(text) <= limit else f"{text[:limit]}..."
