@@ -7,8 +7,11 @@ The same command again resumes a run that was stopped. The loop is below, from t
 
 import contextlib
 import itertools
+import logging
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -25,17 +28,29 @@ from engram_jax.core.mesh import (
   process_indices,
   to_global,
 )
-from engram_jax.core.metrics import MetricsWriter
+from engram_jax.core.metrics import NAME as METRICS
+from engram_jax.core.metrics import MetricsWriter, last_step
+from engram_jax.core.periodic_saves import PeriodicSaves
 from engram_jax.core.profiling import TraceWindow, matmul_peak
-from engram_jax.core.run_directory import CHECKPOINTS, PROFILE, RunDirectory, check_config
+from engram_jax.core.run_directory import (
+  CHECKPOINTS,
+  PROFILE,
+  TOKENIZER,
+  RunDirectory,
+  check_config,
+)
 from engram_jax.core.signals import StopRequest
+from engram_jax.core.step_folders import NoUsableCheckpoint
 from engram_jax.data.pipeline import PreparedData, prepare
-from engram_jax.errors import EXIT_STOPPED, NonFiniteError
-from engram_jax.memory.vocabulary import check_fingerprint
+from engram_jax.errors import EXIT_STOPPED
+from engram_jax.memory.vocabulary import check_fingerprint, check_tokenizer_file
 from engram_jax.model.counts import count, flops_per_token
+from engram_jax.training.divergence import Divergence, require_finite
 from engram_jax.training.evaluate import evaluate, make_eval_step
 from engram_jax.training.sample import complete, make_next_logits
 from engram_jax.training.state import (
+  TrainSetup,
+  TrainState,
   flush,
   init_state,
   make_setup,
@@ -43,14 +58,26 @@ from engram_jax.training.state import (
   save_state,
   with_layout,
 )
-from engram_jax.training.step import make_train_step
+from engram_jax.training.step import NONFINITE_LEAF, make_train_step
 from engram_jax.training.warm_start import find_warm_start
+
+METRICS_SUMMARY = "metrics"  # in a checkpoint's meta: what metrics.jsonl held when it was saved
+NEWEST = f"{CHECKPOINTS}.json"
+NOT_LOGGED = ("stop", NONFINITE_LEAF)
 
 
 def main() -> int:
   cfg = parse_config("train.py", __doc__)
-  train = cfg.train
+  if cfg.run.log_level == "debug":
+    log_debug_messages()
   distributed.start(cfg.distributed)
+  with StopRequest(has_work=False, say=log_anywhere) as stop:
+    return train_run(cfg, stop)
+
+
+def train_run(cfg: Config, stop: StopRequest) -> int:
+  """Trains to the last step, or until it is stopped; returns the exit code."""
+  train = cfg.train
   mesh = make_mesh(cfg.mesh_sizes(jax.device_count()))
   is_existing_run = check_config(cfg)
 
@@ -69,20 +96,24 @@ def main() -> int:
   log_setup(cfg, data, flops, peak, mesh)
 
   with contextlib.ExitStack() as stack:
-    stop = stack.enter_context(StopRequest())
     run = stack.enter_context(RunDirectory(cfg, data.vocabulary.tokenizer.to_str()))
     tables = stack.enter_context(setup.tables)
     checkpoints = stack.enter_context(
-      Checkpoints(run.path / CHECKPOINTS, keep=train.keep_checkpoints)
+      Checkpoints(
+        run.path / CHECKPOINTS, keep=train.keep_checkpoints, verify=train.verify_checkpoints
+      )
     )
 
     # --- a new run, or the newest checkpoint of an existing one -----------------------------
-    start = checkpoints.newest_valid(log) if run.is_existing else None
-    if start is not None:
-      check_fingerprint(checkpoints.meta(start), fingerprint, str(run.path))
+    check_tokenizer_file(run.path / TOKENIZER, data.vocabulary.tokenizer_digest)
+    start = find_start(cfg, run, checkpoints)
+    meta = checkpoints.meta(start) if start is not None else {}
+    if meta:
+      check_fingerprint(meta, fingerprint, str(run.path))
     if start == train.steps:
       log(f"{run.path} is finished ({start} steps); for another run choose another --run.name")
       return 0
+    checkpoints.prepare()
     if start is None:
       start, state = 0, init_state(setup)
       if train.init_from:  # found above, unless this run was killed before its first checkpoint
@@ -95,7 +126,13 @@ def main() -> int:
     state = with_layout(setup, state)
 
     # --- the loop ---------------------------------------------------------------------------
-    writer = stack.enter_context(MetricsWriter(run.path, cfg.run.tensorboard, resume_step=start))
+    writer = stack.enter_context(
+      MetricsWriter(
+        run.path, cfg.run.tensorboard, start, expected=meta.get(METRICS_SUMMARY), report=log
+      )
+    )
+    saves = PeriodicSaves(checkpoints, train.failed_saves_limit, log)
+    divergence = Divergence(setup, log)
     local_examples = process_indices(batch_sharding(mesh), train.batch_size)
     batches = stack.enter_context(contextlib.closing(training.iterate(start, local_examples)))
     batches = tables.prefetch(state.tables, batches)
@@ -107,36 +144,47 @@ def main() -> int:
       batch["stop"] = distributed.stop_flags(mesh, stop.requested)
       with trace.step(step):
         state, metrics = train_step(state, batch)
+      stop.has_work = True
       if trace.end(step, metrics):
         log(f"trace of steps {train.profile} in {run.path / PROFILE}")
       if previous is not None:  # one step late, so that the device never waits for Python
-        stop_if_not_finite(previous, train.nonfinite_limit)
+        divergence.check(step - 1, previous)
         stop_agreed = int(previous["stop"]) > 0  # of any process: all stop after the same step
       previous, last = metrics, step == train.steps
       if last:  # before its checkpoint says that the run is finished
-        stop_if_not_finite(metrics, train.nonfinite_limit)
+        divergence.check(step, metrics)
       bar.update()
       clock.count(train.batch_size * cfg.data.sequence_length)
 
       evaluating = last or step % train.eval_every == 0
       if evaluating or step % train.log_every == 0:
-        values = {name: float(value) for name, value in metrics.items() if name != "stop"}
-        values |= clock.read(flops, peak) | tables.counts(state.tables)
+        values = {name: float(metrics[name]) for name in metrics if name not in NOT_LOGGED}
+        values |= clock.read(flops, peak) | tables.counts(state.tables) | saves.metrics()
         report(step, values, bar)
         if evaluating:
           with clock.stopped(), contextlib.closing(validation.iterate()) as examples:
             eval_batches = itertools.islice(examples, train.eval_batches)
             state = flush(setup, state)
             result = evaluate(
-              eval_step, setup, state, eval_batches, data.token_bytes, data.source_names
+              eval_step,
+              setup,
+              state,
+              unless_hurried(stop, last, eval_batches),
+              data.token_bytes,
+              data.source_names,
             )
-          values |= {f"validation/{k}": v for k, v in result.items() if k != "by_source"}
-          log(
-            f"step {step}: validation loss {result['loss']:.4f}, perplexity "
-            f"{result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte"
-          )
+          if is_hurried(stop, last):
+            log(f"step {step}: stopped before its validation loss was known")
+          else:
+            values |= {f"validation/{k}": v for k, v in result.items() if k != "by_source"}
+            log(
+              f"step {step}: validation loss {result['loss']:.4f}, perplexity "
+              f"{result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte"
+            )
         writer.write(step, values)
-      if train.sample_tokens and (last or (train.sample_every and step % train.sample_every == 0)):
+        require_finite(step, values.get("validation/loss", 0.0), state)
+      sampling = last or (train.sample_every and step % train.sample_every == 0)
+      if train.sample_tokens and sampling and not is_hurried(stop, last):
         with clock.stopped():
           (text,) = complete(
             next_logits,
@@ -150,11 +198,14 @@ def main() -> int:
         writer.text(step, "sample", train.sample_prompt + text)
         log(f"step {step}: {train.sample_prompt}|{text}")
       stopping = stop_agreed if distributed.is_multiprocess() else stop.requested
-      if last or stopping or step % train.checkpoint_every == 0:
+      saving = step % train.checkpoint_every == 0 and divergence.is_sound(step, metrics)
+      if saving or last or stopping:
+        meta = fingerprint | {"next_batch": step, METRICS_SUMMARY: writer.summary()}
         with clock.stopped():
-          save_state(checkpoints, step, setup, state, fingerprint | {"next_batch": step})
+          saves.save(step, lambda: save(run, checkpoints, step, setup, state, meta))  # noqa: B023 (called at once)
+      if last or stopping:
+        saves.finish()
       if stopping and not last:
-        checkpoints.wait()
         by = stop.signal_name or "another process"
         log(f"stopped by {by}, step {step} saved; the same command resumes")
         return EXIT_STOPPED
@@ -208,14 +259,59 @@ def report(step: int, values: dict[str, float], bar: tqdm) -> None:
     bar.set_postfix(shown)
 
 
-def stop_if_not_finite(metrics: dict[str, jax.Array], limit: int) -> None:
-  bad = int(metrics["nonfinite_in_row"])
-  if bad >= limit:
-    raise NonFiniteError(
-      f"{bad} steps in a row had a loss or gradient that is not finite "
-      f"(train.nonfinite_limit={limit}); parameters are as they were before the first of them. "
-      "Lower train.optimizer.learning_rate, or resume from the last checkpoint"
-    )
+def find_start(cfg: Config, run: RunDirectory, checkpoints: Checkpoints) -> int | None:
+  """The step to resume from; None for a new run, and for one that is to begin again.
+
+  Raises StorageError where steps were saved and none can be used.
+  """
+  if not run.is_existing:
+    return None
+  try:
+    start = checkpoints.newest_valid(log)
+    if start is None:
+      # Runs of before checkpoints.json. A save is waited for by the next, so one was completed.
+      reached = distributed.on_main(lambda: last_step(run.path))
+      if reached >= 2 * cfg.train.checkpoint_every:
+        raise NoUsableCheckpoint(
+          f"{run.path / CHECKPOINTS} holds no checkpoint, though {METRICS} goes to step {reached}"
+        )
+    return start
+  except NoUsableCheckpoint as error:
+    if not cfg.run.start_over:
+      raise NoUsableCheckpoint(
+        f"{error}. Nothing was changed: make the files whole or readable again, or begin again at "
+        "step 0 with --run.start_over True, which moves what is there aside"
+      ) from None
+    log(f"{error}")
+    aside = run.set_aside((CHECKPOINTS, NEWEST, METRICS, "tensorboard"))
+    log(f"beginning again at step 0; what was there is in {aside}")
+    return None
+
+
+def is_hurried(stop: StopRequest, last: bool) -> bool:
+  """Says whether to leave out what only delays a stop; several processes would have to agree."""
+  return stop.requested and not last and not distributed.is_multiprocess()
+
+
+def unless_hurried(stop: StopRequest, last: bool, batches: Iterable[Any]) -> Iterator[Any]:
+  """Gives batches until a stop is requested."""
+  for batch in batches:
+    if is_hurried(stop, last):
+      return
+    yield batch
+
+
+def save(
+  run: RunDirectory,
+  checkpoints: Checkpoints,
+  step: int,
+  setup: TrainSetup,
+  state: TrainState,
+  meta: dict[str, Any],
+) -> None:
+  """Starts to save a step, unless the run's folder is no longer there."""
+  run.require_present()
+  save_state(checkpoints, step, setup, state, meta)
 
 
 def progress(start: int, steps: int) -> tqdm:
@@ -229,7 +325,23 @@ def progress(start: int, steps: int) -> tqdm:
 
 def log(text: str) -> None:
   if distributed.is_main():
-    tqdm.write(text, file=sys.stderr)
+    log_anywhere(text)
+
+
+def log_anywhere(text: str) -> None:
+  """Logs in whichever process and thread it is called."""
+  tqdm.write(text, file=sys.stderr)
+  sys.stderr.flush()
+
+
+def log_debug_messages() -> None:
+  """Shows the package's messages at debug level, such as the start and the end of a save."""
+  logger = logging.getLogger("engram_jax")
+  logger.setLevel(logging.DEBUG)
+  if not logger.handlers:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    logger.addHandler(handler)
 
 
 class Clock:

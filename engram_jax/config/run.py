@@ -135,6 +135,10 @@ class TrainConfig(Frozen):
   """FIRST:LAST steps, such as 10:13, to trace into the run's folder profile/; empty is none."""
   checkpoint_every: Positive = 100
   keep_checkpoints: Positive = 2
+  failed_saves_limit: Positive = 3
+  """Saves in a row that fail, as on a full disk: give up."""
+  verify_checkpoints: bool = True
+  """Compare the digest of every file of a checkpoint before it is used; False: sizes alone."""
   optimizer: OptimizerConfig = OptimizerConfig()
   schedule: ScheduleConfig = ScheduleConfig()
 
@@ -234,6 +238,9 @@ class RunConfig(Frozen):
   root: str = "runs"
   """Everything a run writes is under root/name."""
   tensorboard: bool = True
+  start_over: bool = False
+  """Where none of the run's checkpoints can be used: move what is there aside, begin at step 0."""
+  log_level: Literal["info", "debug"] = "info"
 
   @property
   def directory(self) -> pathlib.Path:

@@ -21,16 +21,19 @@ write to one folder at once.
 
 import concurrent.futures
 import json
+import logging
 import os
 import pathlib
+import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 
 from engram_jax.core import manifest
 from engram_jax.core.distributed import first_error, is_main, is_multiprocess, on_main
+from engram_jax.core.library_noise import quiet_failed_saves
 from engram_jax.core.saved_arrays import (
   CHUNK_BYTES,
   PyTree,
@@ -44,37 +47,45 @@ from engram_jax.core.saved_arrays import (
   restore_args,
   signature,
 )
-from engram_jax.core.step_folders import StepFolders
+from engram_jax.core.step_folders import UNSOUND, StepFolders
 from engram_jax.errors import StorageError
 
 STATE = "state"
 _TIMEOUT_SECONDS = 600  # for the other processes' writes
+_LOGGER = logging.getLogger(__name__)
+
+
+class Saved(NamedTuple):
+  """The step of a finished save, the seconds from its start to the end, the bytes of its files."""
+
+  step: int
+  seconds: float
+  bytes: int
 
 
 class Checkpoints:
   """The checkpoints of one run: asynchronous saves, verified restores, the last few retained."""
 
-  def __init__(self, directory: str | os.PathLike, keep: int | None):
-    """Opens `directory`; when writing, makes it and removes what a killed process left behind.
+  def __init__(self, directory: str | os.PathLike, keep: int | None, verify: bool = True):
+    """Opens `directory`, and changes nothing in it.
 
     Args:
       directory: holds one folder per step.
       keep: how many of the newest checkpoints stay; None opens the folder for reading only.
+      verify: compare the digest of every file before a step is used; False compares names and
+        sizes alone, which notices no changed bit.
 
-    Raises:
-      ValueError: keep is below 1.
-      StorageError: the folder cannot be written, or one of the processes does not see it.
+    Raises ValueError where keep is below 1.
     """
     if keep is not None and keep < 1:
       raise ValueError(f"keep={keep} must be at least 1: the newest checkpoint always stays")
     self.directory = pathlib.Path(directory).absolute()
     self._keep = keep
-    self._folders = StepFolders(self.directory)
+    self._folders = StepFolders(self.directory, verify)
+    self._is_prepared = False
     if keep is not None:
-      on_main(self._folders.make_directory)
-      unseen = None if self.directory.is_dir() else f"does not see {self.directory}"
-      if problem := first_error(unseen):
-        raise StorageError(f"{problem}: run.root must be a folder that all processes share")
+      quiet_failed_saves()
+    self._saved: Saved | None = None
     # Float weights do not compress; trying costs more than all the rest of a save.
     self._orbax = ocp.AsyncCheckpointer(
       ocp.PyTreeCheckpointHandler(use_compression=False),
@@ -86,11 +97,31 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    if kind is not None and is_multiprocess():
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, _: object
+  ) -> None:
+    if error is None:
+      self.close()
+    elif is_multiprocess():
       self._stop()  # the others may be elsewhere: none to agree with
     else:
-      self.close()
+      try:
+        self.close()
+      except StorageError as failed:
+        error.add_note(f"besides, the save before it failed: {failed}")
+
+  def prepare(self) -> None:
+    """Makes the directory, and removes what a killed process left there; the first save does too.
+
+    Raises StorageError: it cannot be written, or one of the processes does not see it.
+    """
+    if self._is_prepared:
+      return
+    on_main(self._folders.make_directory)
+    unseen = None if self.directory.is_dir() else f"does not see {self.directory}"
+    if problem := first_error(unseen):
+      raise StorageError(f"{problem}: run.root must be a folder that all processes share")
+    self._is_prepared = True
 
   def save(
     self,
@@ -98,6 +129,7 @@ class Checkpoints:
     state: PyTree,
     meta: dict[str, Any],
     files: Callable[[pathlib.Path], None] | None = None,
+    is_sound: bool = True,
   ) -> None:
     """Starts writing a checkpoint; the arrays may be donated or overwritten once this returns.
 
@@ -109,6 +141,7 @@ class Checkpoints:
       meta: JSON values, which `meta` returns.
       files: writes more files into the folder it is called with, before this returns; the manifest
         covers them, and `folder` returns where they are then.
+      is_sound: False keeps the newest checkpoint that was saved with True from being deleted.
 
     Raises:
       ValueError: a leaf is not such an array, meta is not JSON, or the step is already saved.
@@ -121,14 +154,20 @@ class Checkpoints:
     for path, leaf in leaves.items():
       require_array(path, leaf)
     meta = json.loads(json.dumps(meta, allow_nan=False))  # as it is now: the caller's may change
+    meta |= {} if is_sound else {UNSOUND: True}
+    self.prepare()
+    begin = time.monotonic()
+    _LOGGER.debug("save of step %d begins", step)
     on_main(lambda: self._folders.begin(step))
     arrays = copy_host_arrays({path: leaf for path, leaf in leaves.items() if leaf.size})
     unfinished = self._folders.unfinished(step)
     chunked = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+    written: dict[str, int] = {}
     try:
       with as_storage_error(unfinished, "cannot be written"):
         if files is not None:
           files(unfinished)
+          written = _sizes(unfinished)
         self._orbax.save(
           unfinished / STATE,
           args=ocp.args.PyTreeSave(arrays, save_args=dict.fromkeys(arrays, chunked)),
@@ -138,9 +177,17 @@ class Checkpoints:
         self._folders.abandon(step)
       raise
     tree = {path: signature(leaf) for path, leaf in leaves.items()}
-    self._pending = self._thread.submit(self._commit, step, tree, meta, self._keep)
+    self._pending = self._thread.submit(self._commit, step, tree, meta, self._keep, written, begin)
 
-  def _commit(self, step: int, tree: dict[str, str], meta: dict[str, Any], keep: int) -> None:
+  def _commit(
+    self,
+    step: int,
+    tree: dict[str, str],
+    meta: dict[str, Any],
+    keep: int,
+    written: Mapping[str, int],
+    begin: float,
+  ) -> None:
     """Completes a checkpoint in the background, once its arrays are written.
 
     Here processes wait for one another only through Orbax, whose barriers are no collectives: those
@@ -150,7 +197,9 @@ class Checkpoints:
       try:
         self._orbax.wait_until_finished()  # by every process
         if is_main():
-          self._folders.publish(step, tree, meta, keep)
+          size = self._folders.publish(step, tree, meta, keep, written)
+          self._saved = Saved(step, time.monotonic() - begin, size)
+          _LOGGER.debug("step %d saved: %d bytes in %.2f s", step, size, self._saved.seconds)
       except Exception:
         if is_main():
           self._folders.abandon(step)
@@ -168,19 +217,29 @@ class Checkpoints:
     if problem:
       raise StorageError(problem)
 
+  def last_saved(self) -> Saved | None:
+    """The save that was finished since the last call, in process 0; None if none was."""
+    saved, self._saved = self._saved, None
+    return saved
+
   def steps(self) -> list[int]:
     """The steps that have a checkpoint, rising: the last save's too, and damaged ones'."""
     self.wait()
     return on_main(self._folders.steps)
 
   def newest_valid(self, report: Callable[[str], None]) -> int | None:
-    """The newest step whose files all match its manifest; None if there is none.
+    """The newest step whose files all match its manifest; None if none was ever saved.
 
-    Every newer one that is damaged is reported in one line and stays where it is, until the run
+    Every newer one that cannot be used is reported in one line and stays where it is, until the run
     saves that step again or newer checkpoints take its place. Process 0 verifies and reports.
+
+    Raises NoUsableCheckpoint, a StorageError, naming the steps that were saved and why none of them
+    can be used; and where the folder is open for writing and its newest step cannot be read, as
+    without permission.
     """
     self.wait()
-    return on_main(lambda: self._folders.newest_valid(report))
+    writing = self._keep is not None
+    return on_main(lambda: self._folders.newest_valid(report, writing))
 
   def meta(self, step: int) -> dict[str, Any]:
     """The `meta` that the step was saved with; StorageError if its manifest is damaged."""
@@ -254,3 +313,9 @@ class Checkpoints:
   def _stop(self) -> None:
     self._thread.shutdown()
     self._orbax.close()
+
+
+def _sizes(folder: pathlib.Path) -> dict[str, int]:
+  """Bytes of all files below a folder, by path in it."""
+  files = (path for path in folder.rglob("*") if path.is_file())
+  return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}

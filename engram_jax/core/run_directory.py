@@ -8,11 +8,18 @@ With several processes all call these functions; process 0 alone reads, writes a
 result or error is that of all.
 """
 
+import contextlib
+import datetime
 import fcntl
+import json
+import os
 import pathlib
-from typing import Any
+import socket
+from collections.abc import Iterable
+from typing import IO, Any
 
 from engram_jax.config import Config, load_config
+from engram_jax.config.bounded import read_bounded
 from engram_jax.core.distributed import is_main, on_main
 from engram_jax.core.manifest import PARTIAL, replace_file
 from engram_jax.errors import ConfigError, StorageError
@@ -29,11 +36,43 @@ _BEFORE_CONFIG = (_LOCK, TOKENIZER, TOKENIZER + PARTIAL, CONFIG + PARTIAL)
 def check_config(cfg: Config) -> bool:
   """Says whether the run exists already.
 
-  Raises ConfigError if its folder holds another config or other files.
+  Raises ConfigError if its folder holds another config or other files, or another process is
+  training in it.
 
   It only reads: a refused command has written nothing.
   """
-  return on_main(lambda: _check_config(cfg))
+  return on_main(lambda: _check_unused(cfg) or _check_config(cfg))
+
+
+def _check_unused(cfg: Config) -> None:
+  """Raises ConfigError where another process holds the lock, before data is prepared for long."""
+  try:
+    lock = open(cfg.run.directory / _LOCK, "r+b")  # noqa: SIM115 (closed below)
+  except OSError:  # no run yet, or not ours to write: what follows says so
+    return
+  with lock:
+    _acquire(lock, cfg)
+
+
+def _acquire(lock: IO[Any], cfg: Config) -> None:
+  try:
+    # lockf, not flock: a forked child, which may outlive us, does not inherit it.
+    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    raise ConfigError(
+      f"run.name={cfg.run.name!r}: another process is training in {cfg.run.directory}"
+      f"{_holder(cfg.run.directory)}; wait for it, stop it, or choose another --run.name"
+    ) from None
+
+
+def _holder(directory: pathlib.Path) -> str:
+  """The holder of the lock in words, as it wrote them; empty if it did not."""
+  try:
+    content = json.loads(read_bounded(directory / _LOCK, 1 << 10))
+    pid, host, started = content["pid"], content["host"], content["started"]
+  except (OSError, ValueError, TypeError, KeyError):
+    return ""
+  return f" (process {pid} on {host}, since {started})"
 
 
 def _check_config(cfg: Config) -> bool:
@@ -64,6 +103,8 @@ class RunDirectory:
     path: of the folder.
     is_existing: the run existed already when it was locked.
 
+  A tokenizer.json that is missing is written again.
+
   Raises ConfigError as `check_config` does, or where another process is training in the folder, and
   StorageError where it cannot be written.
   """
@@ -75,36 +116,75 @@ class RunDirectory:
   def _open(self, cfg: Config, tokenizer_json: str) -> bool:
     try:
       self.path.mkdir(parents=True, exist_ok=True)
-      self._lock = open(self.path / _LOCK, "w")  # noqa: SIM115 (held until __exit__)
+      self._lock = open(self.path / _LOCK, "a")  # noqa: SIM115 (held until __exit__)
     except OSError as error:
       raise StorageError(f"run folder {self.path} cannot be written: {error}") from None
     try:
-      # lockf, not flock: a forked child, which may outlive us, does not inherit it.
-      fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-      self._lock.close()
-      raise ConfigError(
-        f"run.name={cfg.run.name!r}: another process is training in {self.path}; wait for it, "
-        "stop it, or choose another --run.name"
-      ) from None
-    try:
+      _acquire(self._lock, cfg)
       known = _check_config(cfg)
-      if not known:
-        replace_file(self.path / TOKENIZER, tokenizer_json.encode())
-        replace_file(
-          self.path / CONFIG, cfg.to_yaml().encode()
-        )  # last: with it the folder is a run
+      self._describe_holder()
+      tokenizer = self.path / TOKENIZER
+      if not known or not tokenizer.exists():
+        replace_file(tokenizer, tokenizer_json.encode())
+      if not known:  # last: with it the folder is a run
+        replace_file(self.path / CONFIG, cfg.to_yaml().encode())
+      self._identity = _identity(self.path)
+    except OSError as error:
+      self._lock.close()
+      raise StorageError(f"run folder {self.path} cannot be written: {error}") from None
     except BaseException:
       self._lock.close()
       raise
     return known
+
+  def _describe_holder(self) -> None:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": now}
+    self._lock.truncate(0)
+    self._lock.write(json.dumps(holder))
+    self._lock.flush()
+
+  def require_present(self) -> None:
+    """Raises StorageError where the folder was moved or removed since it was opened."""
+    on_main(self._require_present)
+
+  def _require_present(self) -> None:
+    try:
+      is_same = _identity(self.path) == self._identity and (self.path / CONFIG).is_file()
+    except OSError as error:
+      raise StorageError(f"run folder {self.path} cannot be read: {error.strerror}") from None
+    if not is_same:
+      raise StorageError(f"run folder {self.path} is not the one that this run began in")
+
+  def set_aside(self, names: Iterable[str]) -> pathlib.Path:
+    """Moves what the run holds under these names into a new folder before-N; returns its path."""
+    return self.path / on_main(lambda: self._set_aside(names))
+
+  def _set_aside(self, names: Iterable[str]) -> str:
+    number = 1
+    while (folder := self.path / f"before-{number}").exists():
+      number += 1
+    try:
+      folder.mkdir()
+      for name in names:
+        if (self.path / name).exists():
+          (self.path / name).rename(folder / name)
+    except OSError as error:
+      raise StorageError(f"{folder} cannot be written: {error}") from None
+    return folder.name
 
   def __enter__(self) -> "RunDirectory":
     return self
 
   def __exit__(self, *_: Any) -> None:
     if is_main():
-      self._lock.close()
+      with contextlib.suppress(OSError), self._lock:  # closed in any case
+        self._lock.truncate(0)
+
+
+def _identity(path: pathlib.Path) -> tuple[int, int]:
+  status = path.stat()
+  return status.st_dev, status.st_ino
 
 
 def open_run(directory: str | pathlib.Path) -> Config:
@@ -132,6 +212,10 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 _CHANGEABLE = (
   "run.root",
   "run.tensorboard",
+  "run.start_over",
+  "run.log_level",
+  "train.failed_saves_limit",
+  "train.verify_checkpoints",
   "train.profile",
   "data.threads",
   "data.workers",

@@ -18,6 +18,8 @@ from engram_jax.errors import StorageError
 PyTree = Any
 CHUNK_BYTES = 64 << 20  # what is read at once: a table saved on one device is restored on many
 
+REASON_CHARACTERS = 240  # of another library's error, in a message
+
 
 class SavedArray:
   """An array in a checkpoint that is read a range of rows at a time, in any order."""
@@ -48,6 +50,9 @@ def as_storage_error(path: pathlib.Path, action: str) -> Generator[None]:
     yield
   except (OSError, ValueError, RuntimeError) as error:
     reason = " ".join(str(error).split())
+    if len(reason) > REASON_CHARACTERS:  # TensorStore gives each path some times over
+      half = REASON_CHARACTERS // 2
+      reason = f"{reason[:half]} ... {reason[-half:]}"
     raise StorageError(f"{path} {action}: {reason}") from error
 
 

@@ -21,6 +21,7 @@ import tokenizers
 from engram_jax.config import DataConfig
 from engram_jax.data.download import Log
 from engram_jax.data.files import Document
+from engram_jax.data.split_digest import split_digest
 from engram_jax.data.tokenizer import vocabulary_size
 from engram_jax.errors import ConfigError, StorageError
 
@@ -115,10 +116,15 @@ class Corpus:
     return len(self.source_ids)
 
   @property
+  def content_digest(self) -> str:
+    """SHA-256 (hex) of all tokens; StorageError where they are not as they were written."""
+    return split_digest(self.path)
+
+  @property
   def digest(self) -> str:
     """SHA-256 (hex) of where documents end and of a sample of the tokens.
 
-    It notices another text without reading all of a large one.
+    Checkpoints of before `content_digest` know a corpus by it.
     """
     hasher = hashlib.sha256(np.ascontiguousarray(self.offsets, np.int64).data)
     hasher.update(np.ascontiguousarray(self.tokens[::_DIGEST_STRIDE], np.int64).data)
@@ -154,6 +160,8 @@ def open_or_build(
     finally:
       shutil.rmtree(part, ignore_errors=True)
   names = tuple(json.loads((folder / "meta.json").read_text())["sources"])
+  for split in SPLITS:
+    split_digest(folder / split)
   training, validation = (Corpus.open(folder / split) for split in SPLITS)
   return training, validation, names
 
@@ -196,6 +204,7 @@ def _build(
   tokens = np.memmap(raw, dtype, mode="r")
   for split, in_split in zip(SPLITS, (~held_out, held_out), strict=True):
     _write_split(part / split, order[in_split[order]], tokens, lengths, source_ids)
+    split_digest(part / split)
   (part / "meta.json").write_text(json.dumps({"sources": list(names)}))
   del tokens
   raw.unlink()

@@ -182,7 +182,8 @@ class PreparedData:
 
   def fingerprint(self) -> dict[str, Any]:
     """The fingerprint that checkpoints on this data hold; see `Vocabulary.fingerprint`."""
-    return self.vocabulary.fingerprint(self.training.digest)
+    training = self.training
+    return self.vocabulary.fingerprint(training.digest, training.content_digest)
 
 
 def prepare(cfg: Config, log: Log = print) -> PreparedData:

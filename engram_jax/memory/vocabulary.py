@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from engram_jax.config import ModelConfig
-from engram_jax.errors import ConfigError
+from engram_jax.errors import ConfigError, StorageError
 from engram_jax.memory.compress import TokenCompressor, tokenizer_digest
 from engram_jax.memory.hash_layout import HashLayout, find_dialect
 from engram_jax.memory.hashing import row_ids
@@ -56,13 +56,13 @@ class Vocabulary:
     """int32 [L, B, T, J] of raw token ids, offsets included: one [B, T, J] a layer, in order."""
     return stacked_row_ids(self.layout, self.compressor, tokens_BT, segments_BT)
 
-  def fingerprint(self, corpus_digest: str) -> dict[str, Any]:
+  def fingerprint(self, corpus_digest: str, content_digest: str) -> dict[str, Any]:
     """Digests of all that a checkpoint's numbers mean, as JSON values for its meta.
 
     Rows addressed with other constants are other rows, and nothing in an array's shape would tell,
     so every checkpoint carries these and no run goes on without finding them equal.
 
-    corpus_digest: of the training text, in its order.
+    corpus_digest, content_digest: of a sample and of all of the training text, in its order.
     """
     layout = self.layout
     return {
@@ -71,6 +71,7 @@ class Vocabulary:
       "hash_layout_digest": layout.digest if layout else None,
       "hash_layout": layout.describe() if layout else None,
       "corpus_digest": corpus_digest,
+      "corpus_content_digest": content_digest,
     }
 
 
@@ -102,12 +103,27 @@ def stacked_row_ids(
   return out_LBTJ
 
 
+def check_tokenizer_file(path: pathlib.Path, digest: str) -> None:
+  """StorageError where a run's tokenizer.json is not the tokenizer with this digest."""
+  try:
+    found = tokenizer_digest(read_tokenizer(path))
+  except ConfigError as error:
+    found = f"none ({error})"
+  if found != digest:
+    raise StorageError(
+      f"{path} is not the tokenizer that this run is trained with: digest {found} there, {digest} "
+      "by its config; put the old one back, or delete the file and it is written again"
+    )
+
+
 _NAMES = {
   "tokenizer_digest": "tokenizer",
   "token_map_digest": "token map",
   "hash_layout_digest": "hash layout",
   "corpus_digest": "training text",
+  "corpus_content_digest": "training text",
 }
+_LATER = ("corpus_content_digest",)  # older checkpoints have none
 
 
 def check_fingerprint(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
@@ -116,7 +132,8 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any], where: str) ->
   where: what was saved, for the message.
   """
   for key, name in _NAMES.items():
-    if key in now and saved.get(key) != now[key]:
+    is_known = key in saved or key not in _LATER
+    if key in now and is_known and saved.get(key) != now[key]:
       raise ConfigError(
         f"{where} was trained with another {name}: {key} {saved.get(key)} there, {now[key]} here; "
         f"use the {name} of that run (its tokenizer.json and config.yaml), or start another run"

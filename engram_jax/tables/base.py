@@ -327,16 +327,18 @@ class Tables:
     state: TableState,
     rest: Mapping[str, Any],
     meta: dict[str, Any],
+    is_sound: bool = True,
   ) -> None:
     """Starts to save the state as step `step`, with everything else that training changes.
 
     Args:
       rest: trees of arrays by name, such as {"params": ..., "optimizer": ...}.
       meta: JSON values, which `checkpoints.meta(step)` gives back.
+      is_sound: see `Checkpoints.save`.
 
     Raises as `Checkpoints.save` does.
     """
-    row_checkpoint.save(checkpoints, step, state, rest, meta)
+    row_checkpoint.save(checkpoints, step, state, rest, meta, is_sound)
 
   def restore(
     self, checkpoints: Checkpoints, step: int, like: Mapping[str, Any], key: jax.Array

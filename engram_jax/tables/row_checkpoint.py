@@ -46,15 +46,17 @@ def save(
   state: TableState,
   rest: Mapping[str, Any],
   meta: dict[str, Any],
+  is_sound: bool = True,
 ) -> None:
   """Saves tables and the rest of a training state; see `Tables.save`."""
   tree = dict(rest) | stored_tables(state)
   if state.host is None:
-    checkpoints.save(step, tree, meta)
+    checkpoints.save(step, tree, meta, is_sound=is_sound)
     return
   state.host.settle()
   tables = _values(state.host.tables)
-  checkpoints.save(step, tree, meta, files=lambda folder: write_written(tables, folder))
+  files = lambda folder: write_written(tables, folder)
+  checkpoints.save(step, tree, meta, files, is_sound)
 
 
 def restore(

@@ -174,8 +174,9 @@ def flush(setup: TrainSetup, state: TrainState) -> TrainState:
 def save_state(
   checkpoints: Checkpoints, step: int, setup: TrainSetup, state: TrainState, meta: dict[str, Any]
 ) -> None:
-  """Starts to save a state; see `Tables.save`."""
-  setup.tables.save(checkpoints, step, state.tables, _stored(state), meta)
+  """Starts to save a state; see `Tables.save`. It is sound outside a streak of non-finite steps."""
+  is_sound = int(state.nonfinite_streak) == 0
+  setup.tables.save(checkpoints, step, state.tables, _stored(state), meta, is_sound)
 
 
 def restore_state(checkpoints: Checkpoints, step: int, setup: TrainSetup) -> TrainState:

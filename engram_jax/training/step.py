@@ -21,15 +21,27 @@ from engram_jax.tables.state import Touched
 from engram_jax.training.loss import cross_entropy_on
 from engram_jax.training.state import TrainSetup, TrainState
 
+NONFINITE_LEAF = "nonfinite_leaf"  # among the metrics: what `first_nonfinite` found
 
-def global_norm(grads: Any, more_sq: jax.typing.ArrayLike = 0.0) -> jax.Array:
-  """The float32 L2 norm of a tree; `more_sq`, of the rows' gradients, is added under the root.
+
+def squared_norms(grads: Any) -> list[jax.Array]:
+  """The float32 squared L2 norm of each leaf, finite only where all of the leaf is."""
+  return [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]
+
+
+def global_norm(squares: list[jax.Array], more_sq: jax.typing.ArrayLike = 0.0) -> jax.Array:
+  """The L2 norm of all leaves; `more_sq`, of the rows' gradients, is added under the root.
 
   A row gradient summed over its uses has the norm of the dense table gradient it stands for. The
   norm is finite only where every gradient is, so it checks them too.
   """
-  squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]
   return jnp.sqrt(sum(squares, jnp.float32(0)) + more_sq)
+
+
+def first_nonfinite(squares: list[jax.Array]) -> jax.Array:
+  """The index, int32, of the first of these squared norms that is not finite; -1 if all are."""
+  bad = ~jnp.isfinite(jnp.stack(squares))
+  return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
 
 
 def clip_scale(norm: jax.Array, limit: float) -> jax.Array:
@@ -79,7 +91,9 @@ def train_step(setup: TrainSetup) -> Callable[[TrainState, Batch], tuple[TrainSt
     touched = tables.fetch(state.tables, tables.batch_ids(batch))
     (grads, d_rows), out = loss_and_grads(setup, state, touched, batch)
     row_grads = tables.reduce_grads(touched, d_rows)
-    norm = global_norm(grads, row_grads.norm_sq)
+    squares = squared_norms(grads)
+    norm = global_norm(squares, row_grads.norm_sq)
+    leaf = first_nonfinite([*squares, row_grads.norm_sq])
     scale = clip_scale(norm, limit)
     ok = jnp.isfinite(out["loss"]) & jnp.isfinite(norm)
 
@@ -97,7 +111,7 @@ def train_step(setup: TrainSetup) -> Callable[[TrainState, Batch], tuple[TrainSt
       nonfinite_streak=jnp.where(ok, 0, state.nonfinite_streak + 1),
       nonfinite_total=state.nonfinite_total + jnp.where(ok, 0, 1),
     )
-    return setup.constrain(new), metrics(setup, new, out, norm, touched, row_grads, batch)
+    return setup.constrain(new), metrics(setup, new, out, norm, leaf, touched, row_grads, batch)
 
   return step
 
@@ -177,6 +191,7 @@ def metrics(
   state: TrainState,
   out: dict,
   norm: jax.Array,
+  leaf: jax.Array,
   touched: Touched,
   row_grads: RowGrads,
   batch: Batch,
@@ -189,6 +204,7 @@ def metrics(
     "tokens": out["tokens"],
     "nonfinite_in_row": state.nonfinite_streak,
     "nonfinite_total": state.nonfinite_total,
+    NONFINITE_LEAF: leaf,
   }
   for layer, gate, count in zip(setup.tables.layers, out["gate"], row_grads.count, strict=True):
     values[f"gate_mean/layer_{layer}"] = gate

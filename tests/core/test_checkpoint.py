@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import engram_jax
 from engram_jax.core import manifest
 from engram_jax.core.checkpoint import Checkpoints
+from engram_jax.core.step_folders import NoUsableCheckpoint
 from engram_jax.errors import StorageError
 
 ROOT = pathlib.Path(engram_jax.__file__).parents[1]
@@ -185,8 +186,9 @@ def test_nothing_valid_is_none_and_a_damaged_step_is_refused(tmp_path):
   assert newest(tmp_path / "absent") == (None, [])
   fill(tmp_path, [1])
   os.truncate(tmp_path / "step_00000001" / manifest.NAME, 10)
-  assert newest(tmp_path)[0] is None
   with Checkpoints(tmp_path, keep=None) as checkpoints:
+    with pytest.raises(NoUsableCheckpoint, match=r"\(damaged\): step 1: .* is damaged"):
+      checkpoints.newest_valid(pytest.fail)
     with pytest.raises(StorageError, match="step 1 cannot be used"):
       checkpoints.restore(1, like=constant(0))
     with pytest.raises(StorageError, match="damaged"):
@@ -276,7 +278,7 @@ def test_a_folder_may_have_any_name(tmp_path):
 def test_an_unwritable_folder_is_a_storage_error(tmp_path):
   (tmp_path / "file").write_text("in the way")
   with pytest.raises(StorageError, match=r"file/checkpoints cannot be written"):
-    Checkpoints(tmp_path / "file" / "checkpoints", keep=1)
+    Checkpoints(tmp_path / "file" / "checkpoints", keep=1).prepare()
 
 
 def test_opening_removes_only_what_a_killed_save_left(tmp_path):
@@ -285,7 +287,10 @@ def test_opening_removes_only_what_a_killed_save_left(tmp_path):
     (tmp_path / name).mkdir()
   newest(tmp_path)  # reading changes nothing: the run may still be writing
   assert len(list(tmp_path.iterdir())) == 5
-  Checkpoints(tmp_path, keep=1).close()
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    assert checkpoints.newest_valid(pytest.fail) == 1
+    assert len(list(tmp_path.iterdir())) == 5
+    checkpoints.prepare()
   assert {path.name for path in tmp_path.iterdir()} == {
     "step_00000001",
     "step_2.unfinished",
@@ -382,6 +387,7 @@ def test_a_killed_process_loses_nothing_that_was_committed(tmp_path):
     restored = checkpoints.restore(step, like)
     assert int(restored["step"]) == step
     np.testing.assert_array_equal(restored["w"], np.full(100_000, step, np.float32))
+    checkpoints.prepare()
   assert all(path.name.startswith("step_") and not path.suffix for path in tmp_path.iterdir())
 
 

@@ -1,13 +1,16 @@
 """metrics.jsonl holds every step once, whatever happened to the process that wrote it."""
 
+import contextlib
+import hashlib
 import json
 import math
+import resource
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.core.metrics import NAME, MetricsWriter
+from engram_jax.core.metrics import DAMAGED, LOST, NAME, MetricsWriter, last_step
 from engram_jax.core.profiling import matmul_peak
 from engram_jax.errors import StorageError
 
@@ -70,13 +73,124 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path, cut):
   assert (tmp_path / NAME).read_bytes() == whole
 
 
-def test_a_damaged_line_is_told_and_kept(tmp_path):
-  fill(tmp_path, [1, 2, 3])
-  text = (tmp_path / NAME).read_text().replace('{"step": 2', '{"step"; 2')
-  (tmp_path / NAME).write_text(text)
-  with pytest.raises(StorageError, match=r"metrics.jsonl line 2 is damaged"):
-    MetricsWriter(tmp_path, tensorboard=False, resume_step=3)
-  assert (tmp_path / NAME).read_text() == text
+@pytest.mark.parametrize(
+  "line",
+  [
+    '{"step"; 2, "loss": 0.5}',
+    '{"step": "5", "loss": 0.5}',
+    '{"step": true}',
+    '{"step": 2.0}',
+    '{"step": -1}',
+    '{"step": null}',
+    "[2]",
+    "5",
+    "",
+    "[" * 100_000,
+    "9" * 5_000,
+  ],
+  ids=lambda line: line[:20],
+)
+def test_a_line_that_is_no_metrics_is_told_and_moved_away(tmp_path, line):
+  """Whatever became of an early line, it never keeps a run from resuming."""
+  fill(tmp_path, [1, 3])
+  first, last = (tmp_path / NAME).read_text().splitlines(keepends=True)
+  (tmp_path / NAME).write_text(first + line + "\n" + last)
+  reports = []
+  with MetricsWriter(tmp_path, tensorboard=False, resume_step=3, report=reports.append):
+    pass
+  assert (tmp_path / NAME).read_text() == first + last
+  assert (tmp_path / DAMAGED).read_text() == line + "\n"
+  assert reports == [f"{tmp_path / NAME}: line 2 is no metrics, and was moved to {DAMAGED}"]
+
+
+def test_a_changed_bit_in_an_early_line_is_told(tmp_path):
+  with MetricsWriter(tmp_path, tensorboard=False, resume_step=None) as metrics:
+    metrics.write(1, {"loss": 0.25})
+    metrics.write(2, {"loss": 0.5})
+    summary = metrics.summary()
+    metrics.write(3, {"loss": 0.75})
+
+  def resume() -> list[str]:
+    reports = []
+    MetricsWriter(
+      tmp_path, tensorboard=False, resume_step=2, expected=summary, report=reports.append
+    ).close()
+    return reports
+
+  assert resume() == []
+  changed = (tmp_path / NAME).read_text().replace("0.25", "0.24")
+  (tmp_path / NAME).write_text(changed)
+  (said,) = resume()
+  assert "is not as it was when step 2 was saved" in said
+  assert (tmp_path / NAME).read_text() == changed
+
+
+def test_the_last_step_is_found_in_any_order(tmp_path):
+  assert last_step(tmp_path) == 0
+  (tmp_path / NAME).write_text('{"step": 3}\n{"step": 20}\nnonsense\n{"step": 4}\n')
+  assert last_step(tmp_path) == 20
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int):
+  """Within it no file grows beyond this size, as on a full disk: a short write, then none."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_lines_that_a_full_disk_refuses_are_lost_whole_counted_and_said(tmp_path):
+  reports = []
+  with MetricsWriter(
+    tmp_path, tensorboard=False, resume_step=None, report=reports.append
+  ) as metrics:
+    metrics.write(1, {"loss": 0.5})
+    size = (tmp_path / NAME).stat().st_size
+    with file_size_limit(size + 9):
+      metrics.write(2, {"loss": 0.25})
+      metrics.write(3, {"loss": 0.125})
+      assert (tmp_path / NAME).stat().st_size == size
+    metrics.write(4, {"loss": 0.0625})
+    summary = metrics.summary()
+  kept = [{"step": 1, "loss": 0.5}, {"step": 4, "loss": 0.0625, LOST: 2}]
+  assert lines(tmp_path) == kept
+  assert [said.split(f"{NAME} ")[1] for said in reports] == [
+    "cannot be written: no room for all of it; training goes on without the line",
+    "is written again; 2 lines are lost",
+    "lacks 2 lines, which could not be written",
+  ]
+  content = (tmp_path / NAME).read_bytes()
+  assert summary == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_events_that_a_full_disk_refuses_end_nothing_and_later_ones_are_read(tmp_path):
+  """tensorboardX's own writer ends its thread then, and the eleventh event waits for ever."""
+  reports = []
+  with MetricsWriter(
+    tmp_path, tensorboard=True, resume_step=None, report=reports.append
+  ) as metrics:
+    metrics.write(1, {"loss": 1.0})
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    with file_size_limit(first.stat().st_size + 10):
+      for step in range(2, 40):
+        metrics.text(step, "sample", "a text that is too long for what is left")
+    metrics.text(40, "sample", "room again")
+    metrics.write(41, {"loss": 0.5})
+  assert [said for said in reports if "tensorboard" in said] == [
+    f"{tmp_path / 'tensorboard'} cannot be written: no room for all of it"
+  ]
+  assert list((tmp_path / "tensorboard").iterdir()) == [first]
+  assert scalars(first) == [(1, "loss", 1.0), (40, "sample/text_summary", 0), (41, "loss", 0.5)]
+
+
+def scalars(path) -> list[tuple[int, str, float]]:
+  from tensorboardX.proto.event_pb2 import Event
+
+  events = [Event.FromString(record) for record in records(path.read_bytes())]
+  return [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
 
 
 def test_an_unwritable_folder_is_a_storage_error(tmp_path):

@@ -213,14 +213,13 @@ def test_a_format_of_another_version_is_not_called_damaged(folder):
 
 
 @pytest.mark.parametrize("change", [put("step", "3"), put("files", GOOD, "bytes", None)])
-def test_a_run_goes_on_without_the_checkpoint(folder, change):
+def test_such_a_checkpoint_is_not_used(folder, change):
   rewrite(folder, change)
-  reports: list[str] = []
   with Checkpoints(folder.parent, keep=None) as checkpoints:
-    assert checkpoints.newest_valid(reports.append) is None
+    with pytest.raises(StorageError, match=r"step 3: .* is damaged"):
+      checkpoints.newest_valid(pytest.fail)
     with pytest.raises(StorageError, match="damaged"):
       checkpoints.meta(3)
-  assert len(reports) == 1
 
 
 def test_what_the_caller_adds_is_kept(folder):

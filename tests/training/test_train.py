@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,8 +36,8 @@ def lines(run: pathlib.Path) -> list[dict]:
 
 def numbers(run: pathlib.Path) -> list[dict]:
   """Numbers that a run computed: its metrics without the clock's."""
-  clock = ("tokens_per_second", "mfu")
-  return [{k: v for k, v in line.items() if k not in clock} for line in lines(run)]
+  clock = ("tokens_per_second", "mfu", "checkpoint/")
+  return [{k: v for k, v in line.items() if not k.startswith(clock)} for line in lines(run)]
 
 
 def files(folder: pathlib.Path) -> dict[str, bytes]:
@@ -86,6 +87,7 @@ def test_a_run_writes_its_config_metrics_checkpoints_and_board(lab, whole):
   assert {path.name for path in run.iterdir()} == {
     ".lock",
     "checkpoints",
+    "checkpoints.json",
     "config.yaml",
     "metrics.jsonl",
     "tensorboard",
@@ -226,7 +228,6 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(lab, whole, tmp
 
 def test_a_second_process_in_the_same_folder_is_refused(lab, whole, tmp_path):
   run = copy(whole[0], tmp_path)
-  before = files(run)
   holder = (
     "import sys; from engram_jax.config import load_config;"
     "from engram_jax.core.run_directory import RunDirectory\n"
@@ -238,11 +239,14 @@ def test_a_second_process_in_the_same_folder_is_refused(lab, whole, tmp_path):
     words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
   ) as process:
     assert process.stdout.readline() == "held\n"
+    before = files(run)
     done = lab.training(tmp_path)
+    assert files(run) == before
     process.stdin.close()
   assert done.code == 2
-  assert "another process is training" in done.err
-  assert files(run) == before
+  holder = f"(process {process.pid} on {socket.gethostname()}, since 20"
+  assert f"another process is training in {run} {holder}" in done.err
+  assert len(done.err.splitlines()) == 1  # before any data was prepared
 
 
 def test_a_folder_that_died_before_its_config_was_written_can_be_used(lab, whole, tmp_path):
