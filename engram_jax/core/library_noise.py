@@ -10,7 +10,7 @@ import logging
 import sys
 import traceback
 
-_FROM = "orbax"  # in the path of a file whose messages are left out
+_FROM = "orbax"  # in the name of what failed, or of the file that says so
 
 
 @functools.cache  # once in a process, and for good: the last messages come when it ends
@@ -34,4 +34,4 @@ def _is_not_from_orbax(record: logging.LogRecord) -> bool:
     return True
   frames = traceback.extract_tb(record.exc_info[2]) if record.exc_info else ()
   files = (record.pathname, *(frame.filename for frame in frames))
-  return not any(_FROM in file for file in files)
+  return not any(_FROM in text for text in (*files, record.getMessage()))
