@@ -97,6 +97,7 @@ def train_run(cfg: Config, stop: StopRequest) -> int:
 
   with contextlib.ExitStack() as stack:
     run = stack.enter_context(RunDirectory(cfg, data.vocabulary.tokenizer.to_str()))
+    distributed.keep_stacks_in(run.path)
     tables = stack.enter_context(setup.tables)
     checkpoints = stack.enter_context(
       Checkpoints(

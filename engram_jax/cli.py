@@ -19,7 +19,8 @@ from tyro.constructors import (
 )
 
 from engram_jax.config import Config, build, load_config
-from engram_jax.errors import ConfigError, EngramError
+from engram_jax.core import watchdog
+from engram_jax.errors import EXIT_STOPPED, ConfigError, EngramError
 
 DEFAULT_CONFIG = "configs/tiny.yaml"
 
@@ -80,15 +81,25 @@ def _dict_registry() -> ConstructorRegistry:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-  """Runs `main` and leaves with its code; a user's mistake is one message, not a traceback."""
+  """Runs `main` and leaves with its code; a user's mistake is one message, not a traceback.
+
+  With several processes, an error that comes of another's loss is reported as that.
+  """
+  message = ""
   try:
     code = main() or 0
   except EngramError as error:
-    print(f"error: {error}", file=sys.stderr)
-    code = error.exit_code
+    watchdog.settle(error)
+    message, code = str(error), error.exit_code
+    print(f"error: {message}", file=sys.stderr)
   except BrokenPipeError:  # the reader of our output has closed it (`| head`)
     code = 0
     sys.stderr.close()
+  except BaseException as error:
+    watchdog.settle(error)
+    raise
+  if code not in (0, EXIT_STOPPED):
+    watchdog.leave(code, message)
   sys.exit(code)
 
 

@@ -1,7 +1,7 @@
 """Errors by kind, and the exit code that each leaves with.
 
-0 done, 2 bad configuration or input, 3 data, 4 non-finite, 5 storage, 75 stopped by a signal
-after saving (sysexits' EX_TEMPFAIL: run the same command again).
+0 done, 2 bad configuration or input, 3 data, 4 non-finite, 5 storage, 6 another process of the run
+was lost, 75 stopped by a signal after saving (sysexits' EX_TEMPFAIL: run the same command again).
 """
 
 EXIT_STOPPED = 75
@@ -35,3 +35,9 @@ class StorageError(EngramError):
   """A checkpoint or table file that is damaged, missing, or cannot be written."""
 
   exit_code = 5
+
+
+class LostProcessError(EngramError):
+  """Another process of the run has died, is stopped, or cannot be reached."""
+
+  exit_code = 6

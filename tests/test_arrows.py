@@ -19,7 +19,7 @@ MAY_IMPORT = {
   "__init__": set(),
   "errors": set(),
   "config": {"errors"},
-  "cli": BASE,
+  "cli": BASE | {"core"},
   "core": BASE,
   "memory": BASE | {"core"},
   "data": BASE | {"memory"},

@@ -214,8 +214,10 @@ class DistributedConfig(Frozen):
   processes: Count = 0
   process: Count = 0
   """This one's number, 0-based."""
-  timeout: Positive = 60
+  timeout: Positive = 45
   """Seconds to wait for the other processes at the start."""
+  heartbeat: Positive = 30
+  """Seconds after which a process that no longer answers counts as lost."""
 
   @model_validator(mode="after")
   def _check(self) -> "DistributedConfig":

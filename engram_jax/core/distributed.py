@@ -8,6 +8,7 @@ array may be sharded over them.
   on_main(lambda: ...)                process 0 runs it, every process gets the result
   first_error(message)                an error of one process is raised in all
   stop_flags(mesh, stop.requested)    for the step to reduce: all see a signal at the same step
+  keep_stacks_in(folder)              where a survivor of a lost process writes what it was doing
 
 Local letter: P, devices of the mesh.
 """
@@ -25,7 +26,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.config import DistributedConfig
+from engram_jax.core import watchdog
 from engram_jax.core.rendezvous import rendezvous
+from engram_jax.core.watchdog import keep_stacks_in as keep_stacks_in
 from engram_jax.errors import ConfigError, DataError, StorageError
 
 _SHARED_ERRORS = (ConfigError, DataError, StorageError, ValueError)  # raised alike in every process
@@ -47,8 +50,9 @@ def start(cfg: DistributedConfig) -> None:
   and JAX_PROCESS_ID, else those of the cluster that JAX finds itself in (SLURM, a Cloud TPU pod
   slice, Open MPI, Kubernetes jobs).
 
-  Raises ConfigError within `cfg.timeout` seconds, in each process, naming those that are missing. A
-  process that dies later takes the others with it (JAX ends them), after about as long.
+  Raises ConfigError within `cfg.timeout` seconds, in each process, naming those that are missing.
+  Where a process is lost later, the others leave with code 6 within `cfg.heartbeat` seconds, and
+  say which (engram_jax.core.watchdog).
   """
   cluster = find_cluster(cfg, os.environ)
   if cluster is None or cluster.num_processes == 1:
@@ -59,9 +63,19 @@ def start(cfg: DistributedConfig) -> None:
   jax.distributed.initialize(
     *cluster,
     initialization_timeout=max(_MIN_SECONDS, int(remaining)),
-    heartbeat_timeout_seconds=max(_MIN_SECONDS, cfg.timeout),
+    # JAX's own watch, which aborts, is for when ours fails.
+    heartbeat_timeout_seconds=max(_MIN_SECONDS, 3 * cfg.heartbeat),
     # An exit on one host alone would otherwise wait five minutes for the rest.
     shutdown_timeout_seconds=max(_MIN_SECONDS, cfg.timeout),
+  )
+  from jax._src.distributed import global_state  # no public name for the key-value store
+
+  watchdog.start(
+    global_state.client,
+    cluster.process_id,
+    cluster.num_processes,
+    cfg.heartbeat,
+    jax.distributed.shutdown,
   )
 
 
