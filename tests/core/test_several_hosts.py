@@ -349,23 +349,6 @@ def test_what_goes_wrong_in_process_0_is_raised_in_all(tmp_path):
   assert first[4] == second[4] == "True"
 
 
-@pytest.mark.slow
-def test_an_error_of_one_process_ends_all(tmp_path):
-  body = """
-def body():
-  with Checkpoints(arguments[0], keep=2) as checkpoints:
-    if process == 1:
-      raise ValueError("only here")
-    checkpoints.steps()
-"""
-  begin = time.monotonic()
-  first, second = wait_for_all(spawn_processes(body, [tmp_path], timeout=10))
-  assert "only here" in second.err
-  assert first.code != 0
-  assert second.code != 0
-  assert time.monotonic() - begin < 60
-
-
 RUN = """
 def body():
   from engram_jax.config import load_config
