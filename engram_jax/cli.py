@@ -95,7 +95,7 @@ def run_command(main: Callable[[], int | None]) -> None:
   except BrokenPipeError:  # the reader of our output has closed it (`| head`)
     code = 0
     sys.stderr.close()
-  except BaseException as error:
+  except (Exception, KeyboardInterrupt) as error:
     watchdog.settle(error)
     raise
   if code not in (0, EXIT_STOPPED):

@@ -175,15 +175,17 @@ class _Watch:
   # --- in the main thread ----------------------------------------------------------------------
 
   def settle(self, error: BaseException) -> None:
-    if not any(_is_runtime_error(cause) for cause in _chain(error)):
-      return
-    self._error = error
-    with contextlib.suppress(Exception):  # the service has gone: the other thread sees that too
-      self._set(f"failed/{self._process}", _first_line(error))
-    self._decided.wait(2 * self._seconds + _GRACE)
-    verdict = self._verdict or {"failed": [self._process]}
-    if self._process not in verdict.get("failed", ()):
-      self._end(verdict)
+    message = _first_line(error)
+    own: dict[str, Any] = {"failed": [self._process], "why": message}
+    if any(_is_runtime_error(cause) for cause in _chain(error)):
+      self._error = error
+      with contextlib.suppress(Exception):  # the service has gone: the other thread sees that too
+        self._set(f"failed/{self._process}", message)
+      self._decided.wait(2 * self._seconds + _GRACE)
+      verdict = self._verdict or own
+      if self._process not in verdict.get("failed", ()):
+        self._end(verdict)
+    self._publish(own)  # now: what is left to do here may wait for the others
 
   def leave(self, code: int, message: str) -> None:
     self._leaving.set()
@@ -206,10 +208,12 @@ class _Watch:
     self._ending.acquire()  # for good: another thread that comes here waits for the exit
     lost = verdict.get("lost", [])
     stacks = _bounded(self._write_stacks, _WRITE_SECONDS) or "could not be written"
-    print(f"error: {LostProcessError(self._message(verdict, stacks))}", file=sys.stderr, flush=True)
+    error = LostProcessError(self._message(verdict, stacks))
+    with contextlib.suppress(Exception):  # nobody listens any more
+      print(f"error: {error}", file=sys.stderr, flush=True)
     if 0 not in lost:
       self._farewell(lost)
-    _exit(LostProcessError.exit_code)
+    _exit(error.exit_code)
 
   def _message(self, verdict: dict[str, Any], stacks: str) -> str:
     lost = "lost" in verdict

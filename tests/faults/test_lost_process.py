@@ -78,7 +78,7 @@ def test_an_error_of_one_process_is_no_loss_but_ends_the_others_too(tmp_path):
   assert (zero.code, one.code, two.code) == (6, 3, 6)
   assert one.err.splitlines()[-1] == "error: no such file"
   for result in (zero, two):
-    assert "error: process 1 of 3 ended with an error (no such file)" in result.err
+    assert "error: process 1 of 3 ended with an error (DataError: no such file)" in result.err
 
 
 @pytest.mark.parametrize(("kind", "code"), [(0, 3), (2, 1)])
