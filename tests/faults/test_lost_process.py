@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hosts import ProcessResult, metrics, spawn_processes, spawn_training, wait_for_all
 
-HEARTBEAT = 6
+HEARTBEAT = 10
 
 # Collectives until the end of time, but for a process that is told to fail.
 BODY = """
