@@ -46,7 +46,12 @@ def read_bounded(path: pathlib.Path, limit: int) -> bytes:
 def shorten(value: Any, limit: int = SHOWN_CHARACTERS) -> str:
   """Returns the repr of a value that came from outside, cut after `limit` characters."""
   try:
-    text = repr(value)
+    return cut(repr(value), limit)
   except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists
     return f"a {type(value).__name__} too long to show"
-  return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def cut(text: str, limit: int) -> str:
+  """Returns a text in one line, cut after `limit` characters."""
+  line = " ".join(text[: 4 * limit].split())
+  return line if len(line) <= limit and len(text) <= 4 * limit else f"{line[:limit]}..."

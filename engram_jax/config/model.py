@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -85,7 +85,7 @@ class EngramConfig(Frozen):
     if isinstance(rows, int):
       rows = (rows,)
     if isinstance(rows, list | tuple) and len(rows) == 1 and isinstance(orders, int):
-      rows = tuple(rows) * max(orders - 1, 1)
+      rows = tuple(rows) * min(max(orders - 1, 1), 8)  # more orders are refused
     return {**data, "rows_per_head": rows}
 
   @model_validator(mode="after")
