@@ -5,6 +5,8 @@ import pathlib
 import stat
 from typing import Any, BinaryIO
 
+from engram_jax.errors import ConfigError
+
 SHOWN_CHARACTERS = 100  # of a value, in a message
 _KINDS = {
   stat.S_IFDIR: "a folder",
@@ -41,6 +43,14 @@ def read_bounded(path: pathlib.Path, limit: int) -> bytes:
   if max(size, len(content)) > limit:
     raise ValueError(f"has {max(size, len(content)):,} bytes: at most {limit:,}")
   return content
+
+
+def user_path(text: str, field: str) -> pathlib.Path:
+  """The path that a config's field names, with `~` expanded; ConfigError where that is nobody's."""
+  try:
+    return pathlib.Path(text).expanduser()
+  except RuntimeError as error:
+    raise ConfigError(f"{field}={shorten(text)}: {error}") from None
 
 
 def shorten(value: Any, limit: int = SHOWN_CHARACTERS) -> str:

@@ -113,6 +113,8 @@ class _UniqueKeys(yaml.SafeLoader):
     self._depth += 1
     node = super().compose_node(parent, index)
     self._depth -= 1
+    if isinstance(node, yaml.ScalarNode) and "\0" in node.value:  # no file's name has one
+      raise _refusal("a text with NUL", event)
     return node
 
   def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 
 from engram_jax.config import FILE_SOURCES, DataConfig
+from engram_jax.config.bounded import user_path
 from engram_jax.errors import DataError, StorageError
 
 Log = Callable[[str], None]
@@ -30,10 +31,10 @@ def log_to_stderr(line: str) -> None:
 def cache_dir(cfg: DataConfig) -> pathlib.Path:
   """The folder of downloads, tokenizers and token files: `cfg.cache`, else the user's cache folder.
 
-  Raises StorageError where it cannot be made.
+  Raises StorageError where it cannot be made, ConfigError where it is in nobody's home.
   """
   base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  path = pathlib.Path(cfg.cache or f"{base}/engram_jax").expanduser()
+  path = user_path(cfg.cache or f"{base}/engram_jax", "data.cache")
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:

@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engram_jax.config import Config
+from engram_jax.config.bounded import user_path
 from engram_jax.data.download import Log, cache_dir, fetch_wheel
 from engram_jax.data.tokenizer_probe import require_harmless
 from engram_jax.errors import ConfigError
@@ -62,7 +63,7 @@ def load_or_train(
       tokenizer = tokenizers.Tokenizer.from_str(archive.read(DEEPSEEK_FILE).decode())
   else:
     verdicts = cache_dir(cfg.data) / "tokenizers"
-    path = pathlib.Path(cfg.data.tokenizer).expanduser()
+    path = user_path(cfg.data.tokenizer, "data.tokenizer")
     tokenizer = read_tokenizer(path, lambda text: require_harmless(text, verdicts))
   size = vocabulary_size(tokenizer)
   if size > cfg.model.vocab_size:

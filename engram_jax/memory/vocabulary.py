@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 
 from engram_jax.config import ModelConfig
-from engram_jax.config.bounded import cut, read_bounded
+from engram_jax.config.bounded import cut, read_bounded, shorten
 from engram_jax.errors import ConfigError, EngramError, StorageError
 from engram_jax.memory.compress import TokenCompressor, tokenizer_digest
 from engram_jax.memory.hash_layout import HashLayout, find_dialect
@@ -87,15 +87,16 @@ def read_tokenizer(
 
   check: is given the file's content before it is parsed, and raises ValueError to refuse it.
   """
-  where = f"data.tokenizer={str(path)!r}"
-  if not path.exists():
-    raise ConfigError(f"{where}: no such file; give 'bpe', 'deepseek', or a tokenizer.json")
+  where = f"data.tokenizer={shorten(str(path), 1000)}"
   try:
     text = read_bounded(path, MAX_TOKENIZER_BYTES)
     if check is not None:
       check(text)
+  except FileNotFoundError:
+    no_file = "no such file; give 'bpe', 'deepseek', or a tokenizer.json"
+    raise ConfigError(f"{where}: {no_file}") from None
   except OSError as error:
-    raise ConfigError(f"{where}: cannot be read: {error}") from None
+    raise ConfigError(f"{where}: {error.strerror or error}") from None
   except ValueError as error:
     raise ConfigError(f"{where}: {error}") from None
   with failures_as(lambda message: ConfigError(f"{where}: not a tokenizer.json: {message}")):
@@ -157,11 +158,20 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any], where: str) ->
   """ConfigError naming the first of the values in `now` that was another one in `saved`.
 
   where: what was saved, for the message.
+
+  Raises StorageError where `saved` is no fingerprint.
   """
+  kinds = dict.fromkeys(_NAMES, str) | {"hash_layout": dict}
+  for key, kind in kinds.items():
+    if key in _LATER and key not in saved:
+      continue
+    if key not in saved or not isinstance(saved[key], kind | None):
+      got = shorten(saved[key]) if key in saved else "missing"
+      raise StorageError(f"{where} is damaged: {key} in its checkpoint's meta is {got}")
   for key, name in _NAMES.items():
-    is_known = key in saved or key not in _LATER
-    if key in now and is_known and saved.get(key) != now[key]:
+    if key in now and key in saved and saved[key] != now[key]:
       raise ConfigError(
-        f"{where} was trained with another {name}: {key} {saved.get(key)} there, {now[key]} here; "
-        f"use the {name} of that run (its tokenizer.json and config.yaml), or start another run"
+        f"{where} was trained with another {name}: {key} {cut(str(saved[key]), 100)} there, "
+        f"{now[key]} here; use the {name} of that run (its tokenizer.json and config.yaml), or "
+        "start another run"
       )
