@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 from pydantic import AfterValidator, Field
 
-from engram_jax.config.bounded import read_bounded, shorten
+from engram_jax.config.bounded import cut, read_bounded, shorten
 from engram_jax.errors import StorageError
 
 NAME = "manifest.json"
@@ -120,7 +120,7 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
     Content.model_validate(content)
   except pydantic.ValidationError as error:
     first = error.errors(include_url=False)[0]
-    where = ": ".join(shorten(part) for part in first["loc"]) or "content"
+    where = ".".join(cut(str(part), 100) for part in first["loc"]) or "content"
     raise _damaged(path, f"{where}: {first['msg']} (got {shorten(first['input'])})") from None
   return content
 

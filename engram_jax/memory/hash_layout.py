@@ -14,11 +14,13 @@ import importlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
+import pydantic
 
 from engram_jax.config import DIALECTS, MAX_ROWS, EngramConfig
+from engram_jax.config.bounded import cut, shorten
 from engram_jax.errors import ConfigError
 from engram_jax.memory.compress import TokenCompressor
 
@@ -230,22 +232,68 @@ class HashLayout:
 
   @classmethod
   def from_description(cls, description: dict[str, Any]) -> Self:
-    """Reads the layout that `describe` wrote; ValueError where the rebuilt constants differ."""
+    """Reads the layout that `describe` wrote.
+
+    Raises ValueError, in one line, where the rebuilt constants differ, and for anything that
+    `describe` did not write, before any prime is searched.
+    """
     names = {field.name for field in dataclasses.fields(cls)}
     missing = (names | {"multipliers", "primes"}) - description.keys()
     if missing:
       raise ValueError(f"a hash layout's description lacks {', '.join(sorted(missing))}")
+    try:
+      stored = _Description.model_validate(description)
+    except pydantic.ValidationError as error:
+      first = error.errors(include_url=False)[0]
+      where = ".".join(cut(str(part), 40) for part in first["loc"])
+      raise ValueError(f"{where}: {first['msg']} (got {shorten(first['input'])})") from None
+    stored.require_primes()
     layout = cls.build(**{name: description[name] for name in names})
     rebuilt = layout.describe()
     for name in ("multipliers", "primes"):
       if rebuilt[name] != description[name]:
-        raise ValueError(f"{name}: stored {description[name]} but rebuilt {rebuilt[name]}")
+        old, new = shorten(description[name], 200), shorten(rebuilt[name], 200)
+        raise ValueError(f"{name}: stored {old} but rebuilt {new}")
     return layout
 
   @functools.cached_property
   def digest(self) -> str:
     """SHA-256 (hex) over every parameter and constant."""
     return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
+
+
+Whole = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
+Prime = Annotated[int, pydantic.Field(ge=2, le=MAX_ROWS)]
+
+
+class _Description(pydantic.BaseModel):
+  """The types of what `HashLayout.describe` writes."""
+
+  model_config = pydantic.ConfigDict(strict=True)
+
+  dialect: str
+  layers: list[Whole]
+  rows_per_head: list[Annotated[int, pydantic.Field(ge=1, le=MAX_ROWS)]]
+  max_ngram: Annotated[int, pydantic.Field(ge=2, le=64)]
+  heads: Annotated[int, pydantic.Field(ge=1, le=MAX_ROWS)]
+  compressed_vocab: Whole
+  pad_id: Whole
+  seed: Annotated[int, pydantic.Field(ge=0)]
+  multipliers: dict[str, list[str]]
+  primes: dict[str, list[list[Prime]]]
+
+  def require_primes(self) -> None:
+    """Raises ValueError unless there is a prime for each layer, order and head.
+
+    A description of a few bytes could else ask for a billion of them.
+    """
+    counts = [len(heads) for orders in self.primes.values() for heads in orders]
+    orders = (self.max_ngram - 1) * len(self.layers)
+    if not 0 < len(counts) == orders or set(counts) != {self.heads}:
+      raise ValueError("its primes are not one for each layer, order and head")
+    for layer, stored in self.primes.items():
+      if (rows := sum(map(sum, stored))) > MAX_ROWS:
+        raise ValueError(f"its primes give layer {shorten(layer)} {rows} rows: at most {MAX_ROWS}")
 
 
 def largest_half(layout: HashLayout) -> int:

@@ -20,12 +20,13 @@ import numpy as np
 import tokenizers
 
 from engram_jax.config import Config
+from engram_jax.config.bounded import shorten
 from engram_jax.core import manifest
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.rules import path_name
 from engram_jax.core.run_directory import CHECKPOINTS, TOKENIZER, open_run
 from engram_jax.core.saved_arrays import SavedArray
-from engram_jax.errors import ConfigError
+from engram_jax.errors import ConfigError, StorageError
 from engram_jax.memory.compress import tokenizer_digest
 from engram_jax.memory.hashing import HashLayout
 from engram_jax.memory.table import draw_rows
@@ -54,9 +55,27 @@ class SavedRun:
 
   @functools.cached_property
   def layout(self) -> HashLayout | None:
-    """The hash layout of its tables; None without a memory."""
-    stored = self.meta["hash_layout"]
-    return HashLayout.from_description(stored) if stored else None
+    """The hash layout of its tables; None without a memory.
+
+    Raises StorageError where it is none, or another than its config asks for.
+    """
+    stored, engram = self.meta["hash_layout"], self.config.model.engram
+    where = f"{self.path} is damaged: hash_layout in its checkpoint's meta"
+    if not stored:
+      if engram.layers:
+        raise StorageError(f"{where} is missing, but its config has model.engram.layers")
+      return None
+    try:
+      layout = HashLayout.from_description(stored)
+    except ValueError as error:
+      raise StorageError(f"{where}: {error}") from None
+    for name in ("dialect", "layers", "rows_per_head", "max_ngram", "heads", "seed"):
+      if getattr(layout, name) != getattr(engram, name):
+        raise StorageError(
+          f"{where}: {name} is {shorten(getattr(layout, name))}, but its config has "
+          f"{shorten(getattr(engram, name))}"
+        )
+    return layout
 
   @functools.cached_property
   def vocabulary(self) -> Vocabulary:

@@ -101,17 +101,56 @@ def test_no_product_reaches_2_to_63(dialect, vocab):
     assert all(m % 2 == 1 and m > 0 and m * (vocab - 1) < 2**63 for m in multipliers)
 
 
+HOSTILE_DESCRIPTIONS = [
+  ("dialect", 5),
+  ("dialect", "../os"),
+  ("layers", "02"),
+  ("layers", [0, 0]),
+  ("layers", [0, -2]),
+  ("layers", [0, 2**80]),
+  ("layers", [False, 2]),
+  ("rows_per_head", [101, "131"]),
+  ("rows_per_head", [101.0, 131]),
+  ("rows_per_head", [1, 2**40]),
+  ("max_ngram", 10**9),
+  ("max_ngram", None),
+  ("heads", True),
+  ("heads", 0),
+  ("seed", "x" * 9999),
+  ("pad_id", 100),
+  ("pad_id", [2] * 9999),
+  ("multipliers", ["5"]),
+  ("multipliers", {"0": 5}),
+  ("multipliers", {}),
+  ("primes", {"0": [[101, 103], [131, 137]], "2": 5}),
+  ("primes", {"0": [[101, 103], [131, 137]], "2": [[107, 109], [139, "149"]]}),
+  ("primes", {"0": [[101, 103], [131, 137]], "2": [[2**31 - 1] * 2] * 2}),
+]
+
+
+def test_a_billion_primes_are_not_searched_for_a_few_bytes():
+  description = HashLayout.build("engram", [0], 1, 2, 1, 100, 2).describe()
+  for changes in ({"heads": 10**9}, {"layers": list(range(1000))}):
+    with pytest.raises(ValueError, match="primes are not one for each layer"):
+      HashLayout.from_description(description | changes)
+
+
 def test_a_description_survives_json_and_is_checked_against_what_is_rebuilt():
   layout = HashLayout.build("engram", [0, 2], (101, 131), 3, 2, 100, 2, seed=3)
   description = json.loads(json.dumps(layout.describe()))
   assert HashLayout.from_description(description) == layout
   assert any(int(m) > 2**53 for m in description["multipliers"]["0"])
-  for name, old, new in (("primes", 101, 103), ("multipliers", None, "5")):
+  for name, old, new in (("primes", 101, [103, 107]), ("multipliers", None, "5")):
     damaged = copy.deepcopy(description)
     assert old is None or damaged[name]["0"][0][0] == old
     damaged[name]["0"][0] = new
     with pytest.raises(ValueError, match=f"{name}: stored .* but rebuilt"):
       HashLayout.from_description(damaged)
+  for name, value in HOSTILE_DESCRIPTIONS:
+    with pytest.raises(ValueError, match=name) as caught:
+      HashLayout.from_description(description | {name: value})
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 800
   del description["seed"]
   with pytest.raises(ValueError, match="lacks seed"):
     HashLayout.from_description(description)
