@@ -237,6 +237,8 @@ class HashLayout:
     Raises ValueError, in one line, where the rebuilt constants differ, and for anything that
     `describe` did not write, before any prime is searched.
     """
+    if not isinstance(description, dict):
+      raise ValueError(f"a hash layout's description is an object (got {shorten(description)})")
     names = {field.name for field in dataclasses.fields(cls)}
     missing = (names | {"multipliers", "primes"}) - description.keys()
     if missing:
