@@ -103,13 +103,25 @@ class Corpus:
       tokens = np.load(path / "tokens.npy", mmap_mode="r")
       offsets, source_ids = np.load(path / "offsets.npy"), np.load(path / "sources.npy")
     except (OSError, ValueError, EOFError) as error:
-      raise StorageError(
-        f"{path}: a damaged token file: {error}; delete {path.parent} and it is made again"
-      ) from None
+      raise damaged(path, str(error)) from None
+    if problem := _problem(tokens, offsets, source_ids):
+      raise damaged(path, problem)
     return cls(path, tokens, offsets, source_ids)
 
   def __reduce__(self):
     return Corpus.open, (self.path,)
+
+  def require_ids(self, ids: np.ndarray, places: np.ndarray, vocabulary: int) -> None:
+    """Raises StorageError for a token id outside [0, vocabulary), saying where it is.
+
+    places: the index in `tokens` of each of the ids, which are of this split.
+    """
+    if ids.size and ids.max() >= vocabulary:
+      at = np.unravel_index(np.argmax(ids >= vocabulary), ids.shape)
+      raise damaged(
+        self.path,
+        f"token id {ids[at]} of token {places[at]} is outside the vocabulary: 0..{vocabulary - 1}",
+      )
 
   @property
   def document_count(self) -> int:
@@ -130,6 +142,31 @@ class Corpus:
     hasher = hashlib.sha256(np.ascontiguousarray(self.offsets, np.int64).data)
     hasher.update(np.ascontiguousarray(self.tokens[::_DIGEST_STRIDE], np.int64).data)
     return hasher.hexdigest()
+
+
+def damaged(path: pathlib.Path, problem: str) -> StorageError:
+  """The error for the files of a split that are not as they were written."""
+  return StorageError(
+    f"{path}: a damaged token file: {problem}; delete {path.parent} and it is made again"
+  )
+
+
+def _problem(tokens: np.ndarray, offsets: np.ndarray, source_ids: np.ndarray) -> str | None:
+  """Says what does not fit in the arrays of a split; None if all does. Reads no token."""
+  if tokens.dtype not in (np.uint16, np.uint32) or tokens.ndim != 1:
+    return f"tokens are uint16 or uint32 integers [n], not {tokens.dtype} {list(tokens.shape)}"
+  if offsets.dtype.kind not in "iu" or offsets.ndim != 1 or not offsets.size:
+    return f"offsets are integers [documents + 1], not {offsets.dtype} {list(offsets.shape)}"
+  wrong = np.append(offsets[1:] < offsets[:-1], offsets[-1] != len(tokens))
+  wrong[0] |= offsets[0] != 0
+  if wrong.any():
+    i = int(np.argmax(wrong))
+    near = ", ".join(map(str, offsets[i : i + 2]))
+    return f"offsets do not rise from 0 to its {len(tokens)} tokens: {near} at document {i}"
+  if source_ids.dtype.kind not in "iu" or source_ids.shape != (len(offsets) - 1,):
+    expected, found = [len(offsets) - 1], list(source_ids.shape)
+    return f"sources are integers {expected}, one a document, not {source_ids.dtype} {found}"
+  return None
 
 
 def open_or_build(
@@ -164,6 +201,10 @@ def open_or_build(
   for split in SPLITS:
     split_digest(folder / split)
   training, validation = (Corpus.open(folder / split) for split in SPLITS)
+  for corpus in (training, validation):
+    ids = corpus.source_ids
+    if ids.size and not 0 <= ids.min() <= ids.max() < len(names):
+      raise damaged(corpus.path, f"sources {ids.min()}..{ids.max()} are not in 0..{len(names) - 1}")
   return training, validation, names
 
 

@@ -40,11 +40,13 @@ class PackedExamples:
   Attributes:
     sequence_length: T, tokens of each example.
     row_id_encoder: None without a memory.
+    vocabulary_size: V; None takes every id that the file holds.
   """
 
   corpus: Corpus
   sequence_length: int
   row_id_encoder: RowIdEncoder | None
+  vocabulary_size: int | None = None
 
   def __len__(self) -> int:
     """Complete examples; a tail shorter than T + 1 tokens is not among them."""
@@ -62,12 +64,17 @@ class PackedExamples:
     another document or lies past the end of the corpus; segments, int32 [B, T], 0.. rising per
     document; positions, int32 [B, T], restarting at 0 with each; source, int32 [B, T], of each
     token; and row_ids, int32 [L, B, T, J], where there is a memory.
+
+    Raises StorageError for an id that is none of the vocabulary's: the file is damaged.
     """
     corpus, total = self.corpus, len(self.corpus.tokens)
     start_B1 = np.asarray(indices_B, np.int64)[:, None] * self.sequence_length
     offset_Bt = start_B1 + np.arange(self.sequence_length + 1)
     inside_Bt = np.minimum(offset_Bt, total - 1)
-    ids_Bt = corpus.tokens[inside_Bt].astype(np.int32)
+    ids_Bt = corpus.tokens[inside_Bt]
+    if self.vocabulary_size is not None:
+      corpus.require_ids(ids_Bt, inside_Bt, self.vocabulary_size)
+    ids_Bt = ids_Bt.astype(np.int32)
     document_Bt = np.searchsorted(corpus.offsets, inside_Bt, side="right") - 1
     document_BT = document_Bt[:, :-1]
     begin_BT = np.maximum(corpus.offsets[document_BT], start_B1)

@@ -178,7 +178,8 @@ class PreparedData:
     if layout is not None:
       resets = self.cfg.model.engram.reset_at_documents
       encoder = RowIdEncoder(layout, self.vocabulary.compressor, resets)
-    return PackedExamples(corpus, self.cfg.data.sequence_length, encoder)
+    size = self.vocabulary.compressor.table.size
+    return PackedExamples(corpus, self.cfg.data.sequence_length, encoder, size)
 
   def fingerprint(self) -> dict[str, Any]:
     """The fingerprint that checkpoints on this data hold; see `Vocabulary.fingerprint`."""

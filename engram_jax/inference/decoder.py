@@ -25,8 +25,9 @@ from engram_jax.inference.sampling import (
   sample_each_position,
 )
 from engram_jax.inference.state import DecodeState, empty_state
-from engram_jax.memory.compress import TokenCompressor
+from engram_jax.memory.compress import TokenCompressor, check_ids, check_visible_ids
 from engram_jax.memory.hash_layout import HashLayout
+from engram_jax.memory.vocabulary import check_prompt
 
 
 class RowSource(Protocol):
@@ -99,7 +100,20 @@ class Decoder:
     rows_fn: RowsFn | None = None,
     all_logits: bool = False,
   ) -> Extended:
-    """`StagedModel.run` with the decoder's parameters; rows_fn: of these tokens, if prefetched."""
+    """`StagedModel.run` with the decoder's parameters; rows_fn: of these tokens, if prefetched.
+
+    Raises ValueError for shapes that do not fit the state, for what is no integer, and for a value
+    in a NumPy array that is no token id or no count. The values of jax arrays are not looked at:
+    the caller has sampled or checked them.
+    """
+    vocabulary, B = len(self.model.compressor.table), state.length_B.shape[0]
+    tokens_BT = check_visible_ids(tokens_BT, vocabulary, "token id", "BT")
+    count_B = check_visible_ids(count_B, tokens_BT.shape[1] + 1, "token count", "B")
+    if tokens_BT.shape[0] != B or count_B.shape != (B,):
+      raise ValueError(
+        f"tokens and counts of the {B} requests of the state are [{B}, T] and [{B}], not of shapes "
+        f"{tokens_BT.shape} and {count_B.shape}"
+      )
     tokens_BT, count_B = jnp.asarray(tokens_BT, jnp.int32), jnp.asarray(count_B, jnp.int32)
     if rows_fn is None and self.row_source is not None:
       rows_fn = self.row_source.on_demand(tokens_BT, count_B, state.history_BH)
@@ -149,13 +163,7 @@ class Decoder:
     if len(lengths) != len(prompts):
       raise ConfigError(f"prompt: {len(prompts)} prompts for a state of {len(lengths)} requests")
     for prompt, length in zip(prompts, lengths, strict=True):
-      if len(prompt) == 0:
-        raise ConfigError(
-          "prompt: an empty prompt has nothing to continue; give at least one token"
-        )
-      for i in (min(prompt), max(prompt)):
-        if not 0 <= i < vocabulary:
-          raise ConfigError(f"prompt: token id {i} is outside the vocabulary: 0..{vocabulary - 1}")
+      check_prompt(prompt, vocabulary)
       if length + len(prompt) + max_new > self.capacity:
         after = f" after {length}" if length else ""
         raise ConfigError(
@@ -206,10 +214,10 @@ def generate_tokens(
 
 
 def seen_tokens(prompts: Sequence[Sequence[int]], vocabulary: int) -> np.ndarray:
-  """bool [B, V], True for the tokens that each prompt holds."""
+  """bool [B, V], True for the tokens that each prompt holds; ValueError for one outside [0, V)."""
   seen_BV = np.zeros((len(prompts), vocabulary), bool)
   for seen_V, prompt in zip(seen_BV, prompts, strict=True):
-    seen_V[list(prompt)] = True
+    seen_V[check_ids(prompt, vocabulary, "token id", "T")] = True
   return seen_BV
 
 

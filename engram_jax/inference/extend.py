@@ -78,7 +78,9 @@ class StagedModel:
   ) -> Extended:
     """Adds the first `count_B` of T tokens to each request; those after them are padding.
 
-    The caller keeps length + count within the state's capacity.
+    The caller keeps length + count within the state's capacity and ids within the vocabulary:
+    nothing here sees values, and an id outside would read another's embedding (`Decoder.extend`
+    checks them).
 
     Args:
       tokens_BT: int32 raw ids, in the vocabulary on padding too.

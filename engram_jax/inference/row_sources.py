@@ -21,7 +21,7 @@ import numpy as np
 from engram_jax.inference.extend import RowsFn
 from engram_jax.inference.stores.base import RowStore
 from engram_jax.inference.stores.device_cache import DeviceCache
-from engram_jax.memory.compress import TokenCompressor
+from engram_jax.memory.compress import TokenCompressor, check_ids, check_visible_ids
 from engram_jax.memory.hash_layout import HashLayout
 from engram_jax.memory.hashing import row_ids
 from engram_jax.memory.table import lookup
@@ -97,11 +97,13 @@ class StoreRowSource:
     that needs them at once takes them there itself, and sooner than a call of its own."""
     begin = time.perf_counter()
     layout = self.store.layout
+    check_ids(tokens_BT, len(self.compressor.table), "token id", "BT")
     canonical_BT, history_BH = self.compressor(np.asarray(tokens_BT)), np.asarray(history_BH)
     is_token_BT1 = (np.arange(canonical_BT.shape[1]) < np.asarray(count_B)[:, None])[..., None]
     for layer in layout.layers:
       ids_BTJ = np.asarray(row_ids(layout, layer, canonical_BT, history_BH=history_BH))
-      ids_BTJ = np.where(is_token_BT1, ids_BTJ, ids_BTJ.flat[0])  # padding: a row read anyway
+      read_anyway = ids_BTJ[:1, :1, :1]
+      ids_BTJ = np.where(is_token_BT1, ids_BTJ, read_anyway)  # on padding
       rows = self.store.fetch_layer(layer, ids_BTJ, deadline=self.deadline)
       self.telemetry.fetches += 1
       self.telemetry.rows += ids_BTJ.size
@@ -150,8 +152,10 @@ class DeviceRowSource:
     self._layers, self._run = layout.layers, jax.jit(run, static_argnums=2)
 
   def prefetch(self, tokens_BT: Any, count_B: Any, history_BH: Any) -> RowsFn:
-    """See `RowSource`."""
+    """See `RowSource`. Raises ValueError for a token id in a NumPy array that is none; those of a
+    jax array the caller has sampled or checked."""
     del count_B
+    tokens_BT = check_visible_ids(tokens_BT, self.token_map.shape[0], "token id", "BT")
     return lambda i, _: self._run(
       self.tables[i], self.token_map, self._layers[i], tokens_BT, history_BH
     )

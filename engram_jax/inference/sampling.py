@@ -78,6 +78,7 @@ def sample_each_position(
     logits_BTV: float32, after each of the T tokens.
     seen_BV: bool, True for tokens that are in the request before the first sample.
     next_BT: int32 token assumed to follow each position (a draft; the last column is not read).
+      In [0, V): the caller takes drafts from checked prompts and sampled tokens.
     first_B: int32 number of tokens that the request has sampled before.
 
   Returns:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from engram_jax.errors import ConfigError
 from engram_jax.inference.decoder import Decoder, mask_unknown_ids, seen_tokens
 from engram_jax.inference.sampling import (
   Sampling,
@@ -50,7 +51,11 @@ def generate_tokens_speculatively(
   each request has `max_new`. A request that is done gets empty lists.
 
   draft_tokens: the most that are drafted for a request in one step.
+
+  Raises like `generate_tokens`, and ConfigError unless `draft_tokens` is an integer of at least 0.
   """
+  if not isinstance(draft_tokens, int | np.integer) or draft_tokens < 0:
+    raise ConfigError(f"draft_tokens={draft_tokens!r} must be an integer of at least 0")
   B, vocabulary = len(prompts), len(decoder.model.compressor.table)
   decoder.check_prompts(prompts, max_new)
   batch = SamplingBatch.of(samplings)

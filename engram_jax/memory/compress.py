@@ -10,7 +10,7 @@ import pathlib
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import tokenizers
@@ -54,7 +54,7 @@ class TokenCompressor:
   """
 
   def __init__(self, table: np.ndarray):
-    table = np.array(table, dtype="<i4")
+    table = check_ids(table, 2**31, "token map: canonical id").astype("<i4")
     if table.ndim != 1 or table.size == 0:
       raise ValueError(f"a token map is a non-empty [V] array, not of shape {table.shape}")
     canonical, first = np.unique(table, return_index=True)
@@ -112,9 +112,7 @@ class TokenCompressor:
 
   def __call__(self, ids: np.ndarray) -> np.ndarray:
     """int32 canonical ids of integer ids of any shape; ValueError on an id outside [0, V)."""
-    ids = np.asarray(ids)
-    check_ids(ids, self.table.size, "token id")
-    return self.table[ids]
+    return self.table[check_ids(ids, self.table.size, "token id")]
 
   def classes(self, limit: int | None = None) -> list[tuple[int, ...]]:
     """Ids that share a canonical id, the largest such classes first (paper, table 6)."""
@@ -124,17 +122,71 @@ class TokenCompressor:
     return [tuple(members[canonical].tolist()) for canonical in order]
 
 
-def check_ids(ids: np.ndarray, size: int, what: str) -> None:
-  """Refuses ids that are no integers or outside [0, size), naming the first and its position."""
-  ids = np.asarray(ids)
-  if ids.dtype.kind not in "iu":
-    raise ValueError(f"{what}s are integers, not {ids.dtype}")
+def check_ids(ids: Any, size: int, what: str, axes: str | None = None) -> np.ndarray:
+  """Refuses ids that are no integers or outside [0, size), naming the first and its position.
+
+  ids: an array or nested lists; they are returned as an array. axes: letters of the axes that the
+  array must have, such as "BT"; any if left out.
+
+  Raises ValueError.
+  """
+  ids = as_integers(ids, size, what)
+  _check_axes(ids.shape, what, axes)
   if ids.size == 0 or (ids.min() >= 0 and ids.max() < size):
-    return
+    return ids
   position = np.argwhere((ids < 0) | (ids >= size))[0]
   raise ValueError(
     f"{what} {ids[tuple(position)]} at position {position.tolist()} is outside [0, {size})"
   )
+
+
+def check_visible_ids(ids: Any, size: int | None, what: str, axes: str | None = None) -> Any:
+  """`check_ids` as far as can be seen: of a jax array, traced or not, only dtype and axes.
+
+  Reading the values of one that lies on a device would make the host wait for it, and inside jit
+  there are none: whoever has the ids on the host before checks them there.
+
+  size: None for integers of any value.
+  """
+  if not hasattr(ids, "aval"):
+    return as_integers(ids, None, what, axes) if size is None else check_ids(ids, size, what, axes)
+  if getattr(ids.dtype, "kind", "") not in "iu":
+    raise ValueError(f"{what}s are integers, not {ids.dtype}")
+  _check_axes(ids.shape, what, axes)
+  return ids
+
+
+def as_integers(ids: Any, size: int | None, what: str, axes: str | None = None) -> np.ndarray:
+  """The ids as an array of integers; ValueError for any others. size: for the message."""
+  try:
+    array = np.asarray(ids)
+  except ValueError:
+    raise ValueError(f"{what}s are an array of integers: these lists differ in length") from None
+  if array.dtype.kind not in "iu":
+    if isinstance(ids, np.ndarray) or array.size:
+      raise ValueError(_why_no_integers(ids, array, size, what))
+    array = array.astype(np.int32)  # an empty list
+  _check_axes(array.shape, what, axes)
+  return array
+
+
+def _why_no_integers(ids: Any, array: np.ndarray, size: int | None, what: str) -> str:
+  """Says which of the ids are none. Of lists that hold large integers NumPy makes other types."""
+  found = str(array.dtype)
+  if not isinstance(ids, np.ndarray):
+    values = np.array(ids, dtype=object).reshape(-1).tolist()
+    other = [x for x in values if isinstance(x, bool) or not isinstance(x, int | np.integer)]
+    if not other:
+      valid = "int64" if size is None else f"[0, {size})"
+      worst = next(x for x in values if x < 0 or x >= (2**63 if size is None else size))
+      return f"{what} {worst} is outside {valid}"
+    found += f", such as {str(other[0])[:40]}"
+  return f"{what}s are integers, not {found}"
+
+
+def _check_axes(shape: tuple[int, ...], what: str, axes: str | None) -> None:
+  if axes is not None and len(shape) != len(axes):
+    raise ValueError(f"{what}s are [{', '.join(axes)}], not of shape {shape}")
 
 
 def _load(path: pathlib.Path) -> np.ndarray | None:

@@ -32,7 +32,8 @@ def dedup(row_ids: jax.Array, rows: int) -> UniqueRows:
   """The distinct ids of a batch at the fixed size U = min(row_ids.size, rows), so none is lost.
 
   Args:
-    row_ids: int32, any shape, in [0, rows).
+    row_ids: int32, any shape, in [0, rows). The caller sees to that: others count among the
+      distinct ones, and where these are then more than U, the last ones get wrong positions.
     rows: of the table.
   """
   size = min(row_ids.size, rows)

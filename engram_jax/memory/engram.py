@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from engram_jax.config import EngramConfig
+from engram_jax.memory.compress import check_visible_ids
 from engram_jax.memory.engram_ops import (
   convolve,
   delay,
@@ -93,10 +94,9 @@ class Engram(nnx.Module):
       delta_BTGD in the dtype of `hidden_BTGD`, and {"gate": float32 [B, T, G]}.
 
     Raises:
-      ValueError: for shapes that do not fit the module.
+      ValueError: for shapes or dtypes that do not fit the module.
     """
-    rows_BTM = rows_BTM.reshape(*rows_BTM.shape[:2], -1)
-    self._check(hidden_BTGD, rows_BTM, segments_BT)
+    rows_BTM = self._check(hidden_BTGD, rows_BTM, segments_BT)
     gate_BTG, value_BTD = self._gated(hidden_BTGD, rows_BTM)
     with jax.named_scope("short_conv"):
       delta_BTGD = self._conv(gate_BTG, value_BTD.astype(jnp.float32), segments_BT)
@@ -111,7 +111,7 @@ class Engram(nnx.Module):
       delta_BTGD, {"gate": [B, T, G]}, and the columns of past and new positions together,
       [B, P+T, ...]: the cache after any of the new positions is a slice of P of them.
     """
-    rows_BTM = rows_BTM.reshape(*rows_BTM.shape[:2], -1)
+    rows_BTM = self._check(hidden_BTGD, rows_BTM, None)
     gate_BTG, value_BTD = self._gated(hidden_BTGD, rows_BTM)
     value_BTD = value_BTD.astype(jnp.float32)
     delta_BTGD = gate_BTG[..., None] * value_BTD[:, :, None]
@@ -169,12 +169,19 @@ class Engram(nnx.Module):
       [columns.value_BPD[:, tap] for tap in taps],
     )
 
-  def _check(self, hidden: jax.Array, rows: jax.Array, segments: jax.Array | None) -> None:
-    B, T = hidden.shape[:2]
+  def _check(self, hidden: jax.Array, rows: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """The rows as [B, T, M]; ValueError for what does not fit."""
     G, D, M = self.branches, self.width, self.cfg.memory_width
-    if hidden.shape != (B, T, G, D):
+    if hidden.ndim != 4 or hidden.shape[2:] != (G, D):
       raise ValueError(f"hidden has shape {hidden.shape}: expected [B, T, G={G}, D={D}]")
-    if rows.shape != (B, T, M):
+    B, T = hidden.shape[:2]
+    if rows.shape[:2] != (B, T) or rows.ndim not in (3, 4) or math.prod(rows.shape[2:]) != M:
       raise ValueError(f"rows have shape {rows.shape}: expected [B={B}, T={T}, M={M}]")
-    if segments is not None and segments.shape != (B, T):
-      raise ValueError(f"segments have shape {segments.shape}: expected [B={B}, T={T}]")
+    for name, array in (("hidden", hidden), ("rows", rows)):
+      if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name}: expected a float dtype, not {array.dtype}")
+    if segments is not None:
+      check_visible_ids(segments, None, "segment id")
+      if segments.shape != (B, T):
+        raise ValueError(f"segments have shape {segments.shape}: expected [B={B}, T={T}]")
+    return rows.reshape(B, T, M)

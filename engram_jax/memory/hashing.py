@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engram_jax.memory.compress import check_ids
+from engram_jax.memory.compress import check_ids, check_visible_ids
 from engram_jax.memory.hash_layout import HashLayout, find_dialect
 
 if TYPE_CHECKING:
@@ -49,21 +49,19 @@ def hash_ids_numpy(
 
   Args:
     ids_BT: canonical ids, integers in [0, layout.compressed_vocab).
-    segments_BT: integers; look-back ends where they change.
+    segments_BT: integers of any value; look-back ends where they change.
     history_BH: the H canonical ids before the first column, the newest last; any H, of which the
       last N-1 count. They are of the first column's document.
     mask_BT: bool; True where no text token stands (an image's place).
     segments_BT and mask_BT may be [B, H+T] and then cover the history too.
 
   Raises ValueError on an id outside its range (naming it and its position), a layer the layout
-  has not, or shapes that do not agree.
+  has not, or shapes or dtypes that do not agree.
   """
-  ids_BT = np.asarray(ids_BT)
   check_shapes(layout, layer, ids_BT, segments_BT, history_BH, mask_BT)
-  check_ids(ids_BT, layout.compressed_vocab, "canonical id")
+  ids_BT = check_ids(ids_BT, layout.compressed_vocab, "canonical id")
   if history_BH is not None:
-    history_BH = np.asarray(history_BH)
-    check_ids(history_BH, layout.compressed_vocab, "canonical history id")
+    history_BH = check_ids(history_BH, layout.compressed_vocab, "canonical history id")
     history_BH = history_BH.astype(np.uint64)
   seen = look_back(np, layout, ids_BT.astype(np.uint64), segments_BT, history_BH, mask_BT)
   multipliers = np.array(layout.multipliers[layer], np.uint64)
@@ -161,7 +159,7 @@ def look_back(
   if pad_ends:
     ends = ends | (ids == layout.pad_id)
   if segments_BT is not None:
-    segments = extend(segments_BT, xp.asarray(segments_BT)[:, :1])
+    segments = extend(segments_BT, xp.asarray(segments_BT)[:, :1] if T else 0)
   for i in range(1, layout.max_ngram):
     reached = reached & ~before(ends, i)
     if segments_BT is not None:
@@ -210,9 +208,12 @@ def check_shapes(
   history_BH: Any = None,
   mask_BT: Any = None,
 ) -> None:
-  """ValueError unless the layer is known and the arrays' shapes agree."""
+  """ValueError unless the layer is known, and the arrays' dtypes and shapes agree."""
   if layer not in layout.layers:
     raise ValueError(f"layer={layer} has no hash: the layout has layers {list(layout.layers)}")
+  check_visible_ids(ids_BT, None, "canonical id")
+  if history_BH is not None:
+    check_visible_ids(history_BH, None, "canonical history id")
   if np.ndim(ids_BT) != 2:
     raise ValueError(f"ids_BT is [B, T], not of shape {np.shape(ids_BT)}")
   B, T = np.shape(ids_BT)
@@ -220,5 +221,19 @@ def check_shapes(
     raise ValueError(f"history_BH is [{B}, H], not of shape {np.shape(history_BH)}")
   H = 0 if history_BH is None else np.shape(history_BH)[1]
   for name, array in (("segments_BT", segments_BT), ("mask_BT", mask_BT)):
-    if array is not None and np.shape(array) not in ((B, T), (B, H + T)):
-      raise ValueError(f"{name} is [{B}, {T}] or [{B}, {H + T}], not of shape {np.shape(array)}")
+    if array is not None and _shape(array) not in ((B, T), (B, H + T)):
+      raise ValueError(f"{name} is [{B}, {T}] or [{B}, {H + T}], not of shape {_shape(array)}")
+  if segments_BT is not None:
+    check_visible_ids(segments_BT, None, "segment id")
+  if mask_BT is not None:
+    mask_BT = mask_BT if hasattr(mask_BT, "dtype") else np.asarray(mask_BT)
+    if mask_BT.dtype != bool:
+      raise ValueError(f"mask_BT is bool, not {mask_BT.dtype}")
+
+
+def _shape(array: Any) -> tuple[int, ...] | None:
+  """An array's shape; None for lists that differ in length."""
+  try:
+    return np.shape(array)
+  except ValueError:
+    return None

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from engram_jax.config import MAX_ROWS
 from engram_jax.core.mesh import platform
 from engram_jax.memory import exchange
+from engram_jax.memory.compress import check_visible_ids
 from engram_jax.memory.dedup import FILL, expand
 from engram_jax.memory.exchange import Partition, Round
 
@@ -117,7 +118,8 @@ def lookup(
 
   Args:
     table_RC: [R_padded, C].
-    row_ids: integers, offsets included (`hash ids + layout.offsets[layer]`).
+    row_ids: integers, offsets included (`hash ids + layout.offsets[layer]`). Values of a NumPy
+      array are checked; those of a jax array, inside jit above all, by whoever had them before.
     mesh: over which the table is sharded as `table_sharding(mesh)` says. Ids and rows then travel
       by all-to-all (memory/exchange.py), and the gradient is summed where its rows lie; the table
       itself stays where it is. Rows that do not divide by the devices are padded for the call,
@@ -125,9 +127,13 @@ def lookup(
     capacity: rows that one exchange carries, over the ids of a device; what is above travels in
       further rounds. Never changes the result.
 
-  An id outside the array gives a row of NaN, never a neighbour's row; `compress.check_ids` refuses
-  such ids on the host, where they enter.
+  Inside jit an id outside the array gives a row of NaN, never a neighbour's row.
+  `compress.check_ids` refuses such ids on the host, where they enter: jax cuts a NumPy array of
+  int64, given to a jitted function, down to its low 32 bits, and they may be another row's id.
+
+  Raises ValueError for ids that are no integers, and for one that is seen to be outside.
   """
+  row_ids = check_visible_ids(row_ids, table_RC.shape[0], "row id")
   if mesh is not None and mesh.size > 1 and row_ids.size:
     return _sharded_lookup(mesh, capacity, table_RC, row_ids)
   return table_RC.at[row_ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

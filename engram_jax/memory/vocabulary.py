@@ -16,7 +16,12 @@ import tokenizers
 from engram_jax.config import ModelConfig
 from engram_jax.config.bounded import cut, read_bounded, shorten
 from engram_jax.errors import ConfigError, EngramError, StorageError
-from engram_jax.memory.compress import TokenCompressor, tokenizer_digest
+from engram_jax.memory.compress import (
+  TokenCompressor,
+  as_integers,
+  check_ids,
+  tokenizer_digest,
+)
 from engram_jax.memory.hash_layout import HashLayout, find_dialect
 from engram_jax.memory.hashing import row_ids
 
@@ -58,7 +63,10 @@ class Vocabulary:
     return tokenizer_digest(self.tokenizer)
 
   def row_ids(self, tokens_BT: np.ndarray, segments_BT: np.ndarray | None = None) -> np.ndarray:
-    """int32 [L, B, T, J] of raw token ids, offsets included: one [B, T, J] a layer, in order."""
+    """int32 [L, B, T, J] of raw token ids, offsets included: one [B, T, J] a layer, in order.
+
+    Raises ValueError for an id outside the token map, naming it, or shapes that do not agree.
+    """
     return stacked_row_ids(self.layout, self.compressor, tokens_BT, segments_BT)
 
   def fingerprint(self, corpus_digest: str, content_digest: str) -> dict[str, Any]:
@@ -122,6 +130,7 @@ def stacked_row_ids(
   segments_BT: np.ndarray | None = None,
 ) -> np.ndarray:
   """See `Vocabulary.row_ids`; for worker processes, which need no tokenizer."""
+  tokens_BT = check_ids(tokens_BT, compressor.table.size, "token id", "BT")
   if layout is None:
     return np.zeros((0, *tokens_BT.shape, 0), np.int32)
   ids_BT = compressor(tokens_BT)
@@ -142,6 +151,25 @@ def check_tokenizer_file(path: pathlib.Path, digest: str) -> None:
       f"{path} is not the tokenizer that this run is trained with: digest {found} there, {digest} "
       "by its config; put the old one back, or delete the file and it is written again"
     )
+
+
+def check_prompt(prompt: Any, vocabulary: int) -> np.ndarray:
+  """The token ids of a prompt as an array; ConfigError unless it has some, all in [0, vocabulary).
+
+  vocabulary: V, ids of the tokenizer.
+  """
+  try:
+    ids = as_integers(prompt, vocabulary, "token id")
+  except ValueError as error:
+    raise ConfigError(f"prompt: {error}") from None
+  if ids.ndim != 1:
+    raise ConfigError(f"prompt: a list of token ids, not of shape {ids.shape}")
+  if not ids.size:
+    raise ConfigError("prompt: an empty prompt has nothing to continue; give at least one token")
+  if ids.min() < 0 or ids.max() >= vocabulary:
+    wrong = ids[(ids < 0) | (ids >= vocabulary)][0]
+    raise ConfigError(f"prompt: token id {wrong} is outside the vocabulary: 0..{vocabulary - 1}")
+  return ids
 
 
 _NAMES = {

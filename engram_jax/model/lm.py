@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from engram_jax.config import ModelConfig
 from engram_jax.core.mesh import batch_shards, compute_dtype, platform
+from engram_jax.memory.compress import check_visible_ids
 from engram_jax.model.block import Block
 from engram_jax.model.fsdp import (
   constrain_batch,
@@ -55,7 +56,9 @@ class LM(nnx.Module):
     """Returns the final hidden state and probes of its computation.
 
     Args:
-      tokens_BT: int32 token ids in [0, V).
+      tokens_BT: int32 token ids in [0, V). Those of a NumPy array are checked; inside jit there are
+        no values to check, and an id outside reads another's embedding: `memory.compress.check_ids`
+        refuses such before they enter.
       rows: one [B, T, M] (or [B, T, J, C]) array per entry of `cfg.engram.layers`, in order.
       segments_BT: int32 document of each position in a packed window; default: one document.
       positions_BT: int32 position within the document; default: 0, 1, ... along T.
@@ -69,8 +72,10 @@ class LM(nnx.Module):
       assignments; "hidden", a [B, T, D] per block, the mean of the streams after it.
 
     Raises:
-      ValueError: another number of rows arrays than memories; B that does not divide by the mesh.
+      ValueError: another number of rows arrays than memories; B that does not divide by the mesh;
+        other dtypes or shapes than these.
     """
+    tokens_BT = check_visible_ids(tokens_BT, self.cfg.vocab_size, "token id", "BT")
     B, T = tokens_BT.shape
     if len(rows) != len(self.cfg.engram.layers):
       raise ValueError(
@@ -82,6 +87,9 @@ class LM(nnx.Module):
         f"a batch of {B} does not divide by the {batch_shards(mesh)} devices of mesh axes "
         "data x fsdp x expert: give a multiple"
       )
+    for what, array in (("segment id", segments_BT), ("position", positions_BT)):
+      if array is not None and check_visible_ids(array, None, what).shape != (B, T):
+        raise ValueError(f"{what}s are [B={B}, T={T}], not of shape {array.shape}")
     if segments_BT is None:
       segments_BT = jnp.zeros((B, T), jnp.int32)
     if positions_BT is None:

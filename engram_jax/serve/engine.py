@@ -17,6 +17,7 @@ import tokenizers
 
 from engram_jax.inference.decoder import Decoder
 from engram_jax.inference.sampling import require_finite
+from engram_jax.memory.compress import check_ids
 from engram_jax.serve.request import (
   Decoding,
   EngineDown,
@@ -41,7 +42,7 @@ class Engine:
   Args:
     slots: requests that run at once.
     queue: requests that may wait.
-    stop_ids: tokens that end a text and are no part of it.
+    stop_ids: tokens that end a text and are no part of it; ValueError for one that is no id.
   """
 
   def __init__(
@@ -54,7 +55,8 @@ class Engine:
     stop_ids: Collection[int] = (),
   ):
     self.decoder, self.tokenizer, self.queue = decoder, tokenizer, queue
-    self._stop_ids = frozenset(stop_ids)
+    vocabulary = len(decoder.model.compressor.table)
+    self._stop_ids = frozenset(check_ids(list(stop_ids), vocabulary, "stop id").tolist())
     self._slots = Slots(decoder, slots)
     self._running: list[Decoding | None] = [None] * slots
     self._prefill: Prefill | None = None

@@ -39,7 +39,7 @@ class PromptEncoder:
 
   def token_text(self, token: int) -> str:
     """A single token's text, special ones included; "" for an id that the tokenizer has not."""
-    return self._texts[token] if token < len(self._texts) else ""
+    return self._texts[token] if 0 <= token < len(self._texts) else ""
 
   def decode(self, ids: list[int]) -> str:
     """The text of token ids."""

@@ -29,6 +29,7 @@ from engram_jax.config import Config, EngramConfig
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.mesh import compute_dtype, platform, replicated
 from engram_jax.core.schedule import learning_rate
+from engram_jax.memory.compress import check_visible_ids
 from engram_jax.memory.hashing import HashLayout
 from engram_jax.memory.table import init_table, lookup, padded_rows, row_major
 from engram_jax.tables import row_checkpoint
@@ -222,12 +223,17 @@ class Tables:
 
     Args:
       row_ids: {layer: int32 [B, T, J]}, offsets included, as `memory.hashing.row_ids` gives them.
-        Inside jit an id outside the table gives NaN; `memory.compress.check_ids` refuses such.
+        Values of NumPy arrays are checked, and all of them where the tables lie off the devices.
+        Inside jit there are none to check: `memory.compress.check_ids` does it before they enter,
+        where they come from elsewhere. An id outside the table gives NaN there, or, in a batch that
+        has more distinct ids than the table has rows, disturbs those of others.
 
-    Raises ValueError unless there are row ids for each layer with a table, and for no other.
+    Raises ValueError unless there are row ids for each layer with a table, and for no other; for
+    other dtypes and shapes; and for an id seen to be outside its table, naming it.
     """
     if set(row_ids) != set(self.layers):
       raise ValueError(f"row ids of layers {sorted(row_ids)}, but the tables are {self.layers}")
+    row_ids = self._check_row_ids(row_ids, "BTJ")
     if not self.layers:
       return Touched({}, {}, (), None)
     if state.host is not None:
@@ -277,6 +283,8 @@ class Tables:
       grad_scale: multiplies the gradients, as a clipping by norm does.
       ok: bool; where False the state comes back as it was, but for rows that `fetch` brought up to
         date.
+
+    Raises ValueError for gradients of other layers, shapes or dtypes than the rows'.
     """
     if not self.layers:
       return state
@@ -289,6 +297,7 @@ class Tables:
       new = self._update_program(buffers, bare, grads, *args)
       return state.host.write_back(new, {n: x[x >= 0] for n, x in ids.items()})
     if not isinstance(grads, RowGrads):
+      self._check_grads(touched, grads)
       grads = self.reduce_grads(touched, grads)
     state = state if touched.synced is None else touched.synced
     rate = {} if scale is None else {"rate_scale": jnp.float32(scale)}
@@ -315,7 +324,12 @@ class Tables:
     """Rows [*, C] of row ids [*] by layer, as they are stored: for evaluation and generation.
 
     A lazy optimizer's rows may be behind: `flush` comes first.
+
+    Raises ValueError as `fetch` does, but takes ids of any shape, and of some layers alone.
     """
+    if unknown := set(row_ids) - set(self.layers):
+      raise ValueError(f"row ids of layers {sorted(unknown)}, but the tables are {self.layers}")
+    row_ids = self._check_row_ids(row_ids)
     if state.host is not None:
       return state.host.lookup(row_ids)
     return self._lookup_program(state.tables, dict(row_ids))
@@ -394,6 +408,23 @@ class Tables:
     if state.buffer_ids is None:
       return self._backend
     return DeviceRows(self.optimizer, tuple(state.buffer_ids[n] for n in self.layers))
+
+  def _check_row_ids(self, row_ids: Mapping[int, Any], axes: str | None = None) -> dict[int, Any]:
+    return {
+      n: check_visible_ids(ids, self.row_counts[n], f"layer {n}: row id", axes)
+      for n, ids in row_ids.items()
+    }
+
+  def _check_grads(self, touched: Touched, grads: Mapping[int, Any]) -> None:
+    if set(grads) != set(self.layers):
+      raise ValueError(f"gradients of layers {sorted(grads)}, but the tables are {self.layers}")
+    for n, rows in touched.rows.items():
+      dtype, shape = jnp.result_type(grads[n]), jnp.shape(grads[n])
+      if shape != rows.shape or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+          f"layer {n}: gradients are floats of the shape {rows.shape} of touched.rows, "
+          f"not {dtype} of shape {shape}"
+        )
 
   def _as_tuples(self, state: TableState) -> tuple[tuple, tuple]:
     return tuple(state.tables[n] for n in self.layers), tuple(

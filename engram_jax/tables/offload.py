@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from engram_jax.memory.compress import as_integers, check_ids
 from engram_jax.tables.host_table import AT_ONCE, FileTable, HostTable, Table
 from engram_jax.tables.row_buffer import (
   Prefetched,
@@ -181,6 +182,7 @@ class OffloadedTables:
   ) -> tuple[dict[int, Prefetched], np.ndarray]:
     """(what a buffer is made of by layer, slots int32 [L, B, T, J]); alone: the step before has
     written everything, so nothing is newer on the device."""
+    row_ids_LBTJ = self._check(row_ids_LBTJ)
     distinct = [np.unique(ids, return_inverse=True) for ids in row_ids_LBTJ]
     before = {} if alone or self._last_ids is None else self._last_ids
     self._last_ids = {n: ids for n, (ids, _) in zip(self.tables, distinct, strict=True)}
@@ -190,6 +192,17 @@ class OffloadedTables:
     }
     slots = [inverse.reshape(row_ids_LBTJ.shape[1:]).astype(np.int32) for _, inverse in distinct]
     return read, np.stack(slots)
+
+  def _check(self, row_ids_LBTJ: np.ndarray) -> np.ndarray:
+    """The ids as an array; ValueError for one outside its table: a host table would wrap or clip
+    it, and another row would be read and trained."""
+    most = max(table.schema.rows for table in self.tables.values())
+    row_ids_LBTJ = as_integers(row_ids_LBTJ, most, "row id", "LBTJ")
+    if len(row_ids_LBTJ) != len(self.tables):
+      raise ValueError(f"row ids of {len(row_ids_LBTJ)} layers for {len(self.tables)} tables")
+    for (n, table), ids in zip(self.tables.items(), row_ids_LBTJ, strict=True):
+      check_ids(ids, table.schema.rows, f"layer {n}: row id")
+    return row_ids_LBTJ
 
   def _write(
     self, ids: dict[int, np.ndarray], back: dict, before: concurrent.futures.Future | None
@@ -212,11 +225,15 @@ class OffloadedTables:
       self._writing.result()
 
   def lookup(self, row_ids: Mapping[int, np.ndarray]) -> dict[int, jax.Array]:
-    """Rows [*, C] of row ids [*] by layer, as `memory.table.lookup` gives them of a table."""
+    """Rows [*, C] of row ids [*] by layer, as `memory.table.lookup` gives them of a table.
+
+    Raises ValueError for an id outside its table.
+    """
     self.settle()
     found = {}
-    for n, table in self.tables.items():
-      ids = np.asarray(row_ids[n])
+    for n, ids in row_ids.items():
+      table = self.tables[n]
+      ids = check_ids(ids, table.schema.rows, f"layer {n}: row id")
       unique, inverse = np.unique(ids, return_inverse=True)
       records_n = table.take(unique)
       U = min(ids.size, table.schema.padded)

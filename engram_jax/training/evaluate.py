@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.core.mesh import replicated
+from engram_jax.memory.compress import as_integers, check_ids
 from engram_jax.training.loss import cross_entropy_on
 from engram_jax.training.state import TrainSetup, TrainState
 
@@ -63,10 +64,14 @@ def evaluate(
   step: of `make_eval_step`. memory: False replaces the tables' rows by zeros.
 
   Bits per byte divides by the UTF-8 bytes of the targets, so it compares tokenizers.
+
+  Raises ValueError, before the step is called, for a batch whose arrays are not [B, T] of their
+  dtypes, and for a token, target, source or row id outside its range, naming it.
   """
   nll, tokens, size = (np.zeros(len(sources), np.float64) for _ in range(3))
   for batch in batches:
     batch = dict(batch)
+    _check_batch(batch, setup, len(token_bytes), len(sources))
     rows = _rows(setup, state, batch.pop("row_ids", None), memory)
     loss_BT = np.asarray(step(state.params, state.biases, rows, batch), np.float64)
     mask = batch["mask"]
@@ -78,6 +83,28 @@ def evaluate(
   seen = [i for i in range(len(sources)) if tokens[i]]
   result["by_source"] = {sources[i]: _summary(nll[i], tokens[i], size[i]) for i in seen}
   return result
+
+
+def _check_batch(batch: dict[str, Any], setup: TrainSetup, targets: int, sources: int) -> None:
+  """ValueError unless a batch's arrays fit together and their ids are ids: the step clamps others,
+  and NumPy counts negative ones from the end."""
+  tokens_BT = check_ids(batch["tokens"], setup.config.model.vocab_size, "token id", "BT")
+  shape, mask = tokens_BT.shape, np.asarray(batch["mask"])
+  if mask.dtype != bool or mask.shape != shape:
+    raise ValueError(f"mask is bool of shape {shape}, not {mask.dtype} of shape {mask.shape}")
+  for name, size in (("target", targets), ("source", sources), ("segment", 0), ("position", 0)):
+    key = name if name == "source" else f"{name}s"
+    ids = as_integers(batch[key], size or None, f"{name} id")
+    if ids.shape != shape:
+      raise ValueError(f"{key} are of shape {shape}, as the tokens, not {ids.shape}")
+    if size:
+      check_ids(ids[mask], size, f"{name} id")  # what is masked counts for nothing
+  layers, layout = setup.tables.layers, setup.tables.layout
+  if layout is not None:
+    ids = as_integers(batch.get("row_ids"), max(layout.rows.values()), "row id")
+    expected = (len(layers), *shape, layout.hash_heads)
+    if ids.shape != expected:
+      raise ValueError(f"row_ids are [L, B, T, J]: of shape {expected}, not {ids.shape}")
 
 
 def _rows(

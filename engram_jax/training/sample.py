@@ -12,7 +12,7 @@ import numpy as np
 
 from engram_jax.core.mesh import replicated
 from engram_jax.errors import ConfigError
-from engram_jax.memory.vocabulary import Vocabulary
+from engram_jax.memory.vocabulary import Vocabulary, check_prompt
 from engram_jax.training.state import TrainSetup, TrainState
 
 
@@ -84,11 +84,9 @@ def generate(
   A text ends at `end_id` (which is not returned) or after `max_new` tokens. Raises ConfigError
   for an empty prompt, an id outside the vocabulary or a negative temperature.
   """
-  if any(len(p) == 0 for p in prompts):
-    raise ConfigError("prompt: an empty prompt has nothing to continue; give at least one token")
   vocabulary_size = len(vocabulary.compressor.table)
-  for i in (i for prompt in prompts for i in prompt if not 0 <= i < vocabulary_size):
-    raise ConfigError(f"prompt: token id {i} is outside the vocabulary: 0..{vocabulary_size - 1}")
+  for prompt in prompts:
+    check_prompt(prompt, vocabulary_size)
   if temperature < 0:
     raise ConfigError(f"temperature={temperature} must be 0 (greedy) or above")
   lengths = np.array([len(p) for p in prompts])

@@ -104,7 +104,7 @@ def test_prompts_of_different_lengths_do_not_depend_on_their_order(model):
   for order in ([0, 1, 2], [2, 3, 1], [3, 0, 2]):
     logits_BV, state = decoder.prefill([prompts[i] for i in order])
     tokens_BT = np.array([[7]] * len(order))
-    after = decoder.extend(state, tokens_BT, np.ones(len(order)))
+    after = decoder.extend(state, tokens_BT, np.ones(len(order), int))
     for b, i in enumerate(order):
       assert_close(logits_BV[b], model.logits(prompts[i])[-1])
       assert_close(after.logits[b], model.logits([*prompts[i], 7])[-1])
@@ -147,7 +147,7 @@ def test_a_request_can_be_inserted_into_a_slot(model, decoder):
   _, many = decoder.prefill([TOKENS[:6], TOKENS[:8], TOKENS[:3]])
   _, one = decoder.prefill([TOKENS[:10]])
   state = insert(many, jnp.int32(1), one)
-  out = decoder.extend(state, np.array([[2], [4], [6]]), np.ones(3))
+  out = decoder.extend(state, np.array([[2], [4], [6]]), np.ones(3, int))
   for b, (length, token) in enumerate(((6, 2), (10, 4), (3, 6))):
     assert_close(out.logits[b], model.logits([*TOKENS[:length], token])[-1])
 

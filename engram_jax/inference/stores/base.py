@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from engram_jax.errors import ConfigError, StorageError
-from engram_jax.memory.compress import check_ids
+from engram_jax.memory.compress import as_integers, check_ids
 from engram_jax.memory.hash_layout import HashLayout
 
 DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
@@ -90,7 +90,7 @@ class RowStore(abc.ABC):
     """Rows [N, C] of ids [N] of each layer, with an N of its own; raises like `fetch`."""
     if len(ids_by_layer) != len(self.layers):
       raise ValueError(f"ids of {len(ids_by_layer)} layers, but the store has {len(self.layers)}")
-    ids = [self._check_layer_ids(i, np.asarray(x).reshape(-1)) for i, x in enumerate(ids_by_layer)]
+    ids = [self._check_layer_ids(i, x).reshape(-1) for i, x in enumerate(ids_by_layer)]
     return self._fetch_by_layer(ids, absolute_deadline(deadline))
 
   def fetch_layer(
@@ -134,7 +134,7 @@ class RowStore(abc.ABC):
 
   def check_ids(self, row_ids_LX: np.ndarray) -> np.ndarray:
     """Returns the ids as an array if `fetch` would take them; ValueError otherwise."""
-    row_ids_LX, L = np.asarray(row_ids_LX), len(self.layers)
+    row_ids_LX, L = as_integers(row_ids_LX, max(self.rows), "row id"), len(self.layers)
     if row_ids_LX.ndim < 1 or row_ids_LX.shape[0] != L:
       raise ValueError(f"row ids are [L={L}, ...], not of shape {row_ids_LX.shape}")
     for i, ids_X in enumerate(row_ids_LX):
@@ -146,15 +146,11 @@ class RowStore(abc.ABC):
     if layer not in self.layers:
       raise ValueError(f"layer={layer} has no table here: the layers are {list(self.layers)}")
     i = self.layers.index(layer)
-    return i, self._check_layer_ids(i, np.asarray(row_ids_X))
+    return i, self._check_layer_ids(i, row_ids_X)
 
-  def _check_layer_ids(self, i: int, ids: np.ndarray) -> np.ndarray:
+  def _check_layer_ids(self, i: int, ids: Any) -> np.ndarray:
     self._require_open()
-    try:
-      check_ids(ids, self.rows[i], "row id")
-    except ValueError as error:
-      raise ValueError(f"layer {self.layers[i]}: {error}") from None
-    return ids
+    return check_ids(ids, self.rows[i], f"layer {self.layers[i]}: row id")
 
   def _require_open(self) -> None:
     if self._closed:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.inference.stores.base import NO_IDS, LevelTelemetry, RowStore, absolute_deadline
+from engram_jax.memory.compress import check_ids
 
 MIN_SENT_ROWS = 64  # from there powers of two, so that few shapes are compiled
 _PUT_BYTES = 64 << 20  # hot rows read and sent at a time
@@ -69,7 +70,10 @@ class DeviceCache:
     self.rows, self.width = store.rows, store.width
     self.dtype, self.digest = store.dtype, store.digest
     self._device = device or jax.local_devices()[0]
-    self._hot = [np.sort(np.asarray(ids, np.int64)) for ids in hot]
+    self._hot = [
+      np.sort(check_ids(ids, R, f"layer {n}: row id", "N").astype(np.int64))
+      for n, R, ids in zip(self.layers, self.rows, hot, strict=True)
+    ]
     if any((ids[1:] == ids[:-1]).any() for ids in self._hot):
       raise ValueError("an id is among the hot ones twice")
     self._first_slot = np.cumsum([0, *map(len, self._hot)])  # of each layer
@@ -179,9 +183,15 @@ class IdCounts(NamedTuple):
 
 
 def count_ids(row_ids: Iterable[np.ndarray], layers: int) -> list[IdCounts]:
-  """Counts each row in batches of row ids [L, ...]; holds only the ids that occur."""
+  """Counts each row in batches of row ids [L, ...]; holds only the ids that occur.
+
+  Raises ValueError for ids that are no integers or negative, and for another L than `layers`.
+  """
   parts_by_layer = [[IdCounts(np.zeros(0, np.int64), np.zeros(0, np.int64))] for _ in range(layers)]
   for row_ids_LX in row_ids:
+    row_ids_LX = check_ids(row_ids_LX, 2**63, "row id")
+    if row_ids_LX.shape[:1] != (layers,):
+      raise ValueError(f"row ids are [L={layers}, ...], not of shape {row_ids_LX.shape}")
     for parts, ids in zip(parts_by_layer, row_ids_LX, strict=True):
       parts.append(IdCounts(*np.unique(ids, return_counts=True)))
       # The sum so far is sorted again only when as many ids were added: not for every batch.
