@@ -25,7 +25,7 @@ def gradient_names(setup: TrainSetup) -> list[str]:
 
 
 class Divergence:
-  """What a loop asks of each step's metrics; all processes come to the same answer."""
+  """A watch over each step's metrics; all processes come to the same answer."""
 
   def __init__(self, setup: TrainSetup, report: Callable[[str], None]):
     """Watches a run from its first step, or from where it resumes.
