@@ -324,8 +324,10 @@ def test_verify_names_the_rows_that_changed(tables, tmp_path):
   with open(path, "r+b") as file:
     file.seek(last)
     file.write(b"\x55")
-  with FileRows(path) as store, pytest.raises(StorageError, match="layer 3 rows 0 to"):
+  with FileRows(path) as store, pytest.raises(StorageError) as caught:
     store.verify()
+  last = LAYOUT.rows[3] - 1
+  assert str(caught.value) == f"{path} is damaged: layer 3 rows {last - 24} to {last} have changed"
 
 
 @pytest.mark.parametrize("size", [0, 47, 48, 300, 4096, -4097, -1])
@@ -384,6 +386,8 @@ def number(*keys):
     (number("hash_layout", "compressed_vocab"), 10**30),
     (number("hash_layout", "rows_per_head"), 1),
     (number("hash_layout", "multipliers", "1"), ["1", "3", "5"]),
+    (number("block_bytes"), 1 << 20),
+    (number("block_bytes"), 512),
     (number("surprise"), 1),
   ],
 )
@@ -413,7 +417,7 @@ def test_other_files_are_refused(tmp_path):
   with pytest.raises(StorageError, match="is no table file"):
     FileRows(path)
   path.write_bytes(table_file.PREFIX.pack(table_file.MAGIC, 9, 2, bytes(32)) + b"{}")
-  with pytest.raises(StorageError, match="has format 9; this version reads 1"):
+  with pytest.raises(StorageError, match="has format 9; this version reads 1 and 2"):
     FileRows(path)
 
 
@@ -470,7 +474,7 @@ def test_a_file_larger_than_the_free_space_is_not_begun(tables, tmp_path, monkey
 
 
 HUGE = """
-import os, sys, time
+import hashlib, os, sys, time, zlib
 import numpy as np
 from engram_jax.inference.stores.file import FileRows
 from engram_jax.inference.stores.table_file import TableHeader
@@ -478,12 +482,20 @@ from engram_jax.memory.hash_layout import HashLayout
 path = sys.argv[1]
 layout = HashLayout.build("deepseek_v41", [1, 14], 16_000_000, 4, 8, 99092, 2)
 header = TableHeader.plan(layout, "0" * 64, "fp8_e4m3", 256)
+one = bytes([0x38] * 256 + [130] * 8)  # ones, times 2^3
+block, at = divmod(264 * 384_006_167, 4096)
+changed = bytes(at) + one + bytes(2 * 4096 - at - len(one))
+checksums = np.full(header.blocks, zlib.crc32(bytes(4096)), "<u4")
+checksums[block : block + 2] = zlib.crc32(changed[:4096]), zlib.crc32(changed[4096:])
+digest = hashlib.sha256(checksums.data).hexdigest()
 with open(path, "wb") as file:
   file.truncate(header.file_bytes)
-  file.write(header.to_bytes())
-  one = bytes([0x38] * 256 + [130] * 8)  # ones, times 2^3
+  file.write(header.model_copy(update={"checksums_sha256": digest}).to_bytes())
   file.seek(header.tables[0].offset + 264 * 384_006_167)
   file.write(one)
+  file.seek(header.checksums_offset)
+  file.write(checksums.data)
+del checksums
 begin = time.perf_counter()
 store = FileRows(path)
 opened = time.perf_counter() - begin

@@ -3,6 +3,9 @@
 The file is mapped with random-access advice (read-ahead would read many rows for each one needed)
 and read by threads, so that a fetch has as many requests at the disk as there are threads. Rows are
 cached only by the system's page cache; the part of it that this process maps at once is bounded.
+
+A row is decoded after the blocks that hold it were found as they were written, each once
+(checksums.py). What changes on the disk afterwards is noticed by the file's size and time alone.
 """
 
 import concurrent.futures
@@ -16,9 +19,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from engram_jax.errors import StorageError
-from engram_jax.inference.stores import table_file
+from engram_jax.inference.stores import checksums, table_file
 from engram_jax.inference.stores.base import RowStore, remaining_seconds
+from engram_jax.inference.stores.checksums import PIECE, VerifiedBlocks
 from engram_jax.inference.stores.host import HostRows, read_rows
+from engram_jax.inference.stores.table_file import TableEntry
 from engram_jax.memory.codecs import decode, row_bytes, unpack
 
 THREADS = 32
@@ -32,7 +37,10 @@ _PAGE = 4096
 
 
 class FileRows(RowStore):
-  """The rows of a table file, decoded as they are fetched.
+  """The rows of a table file, verified and decoded as they are fetched.
+
+  A fetch of a row in a damaged block raises StorageError, however often it is tried, and names the
+  file, the layer and the rows.
 
   The file must not change while it is open: a fetch that finds another size or modification time
   raises StorageError, whatever it has read. (A file truncated during a read ends the process, as
@@ -48,14 +56,17 @@ class FileRows(RowStore):
     dtype: np.typing.DTypeLike = np.float32,
     threads: int = THREADS,
     mapped_bytes: int = MAPPED_BYTES,
+    verify: bool = True,
   ):
-    """Opens a file that `write_table_file` wrote and reads its header alone.
+    """Opens a file that `write_table_file` wrote and reads its header and its checksums.
 
     Args:
       dtype: of fetched rows, float32 or bfloat16.
       threads: reads that may wait for the disk at once.
       mapped_bytes: about how many bytes of the file's pages this process keeps mapped; a fetch may
         be larger.
+      verify: compare each block's checksum when a row in it is first read. False trusts the file,
+        and does not read its checksums.
 
     Raises StorageError for a file that is missing, damaged or no table file; ValueError for numbers
     below 1.
@@ -70,7 +81,10 @@ class FileRows(RowStore):
     try:
       self.header, layout = table_file.read_header(self._file, str(self.path))
       super().__init__(layout, self.header.token_map_digest, self.header.width, dtype)
-      self._tables = self._map()
+      self._tables, self._blocks = self._map(), None
+      if verify:
+        name = str(self.path)
+        self._blocks = VerifiedBlocks(self._file, self.header, name, self._mapping)
     except BaseException:
       self._file.close()
       raise
@@ -84,25 +98,37 @@ class FileRows(RowStore):
     """Reads the complete file and compares its checksums; StorageError names changed rows."""
     with open(self.path, "rb") as file:
       header, _ = table_file.read_header(file, str(self.path))
-      table_file.verify(file, header, str(self.path))
+      checksums.verify(file, header, str(self.path))
 
   def in_memory(self) -> HostRows:
-    """Copies all rows, still encoded, to host memory."""
+    """Copies all rows, still encoded, to host memory; with `verify`, once all were compared."""
     self._require_open()
+    start, end = self.header.data_range
+    data = np.empty(end - start, np.uint8)
+    pieces = ((start + i, data[i : i + PIECE]) for i in range(0, len(data), PIECE))
+    self._wait([self._pool.submit(self._load_piece, *piece) for piece in pieces], None)
+    self._require_unchanged()
     packed = [
-      np.fromfile(self.path, np.uint8, table.bytes, offset=table.offset).reshape(table.rows, -1)
+      data[table.offset - start : table.end - start].reshape(table.rows, -1)
       for table in self.header.tables
     ]
-    self._require_unchanged()
     kind, width = self.header.kind, self.width
     return HostRows(
       packed, self.layout, self.token_map_digest, kind=kind, width=width, dtype=self.dtype
     )
 
+  def _load_piece(self, offset: int, out: np.ndarray) -> None:
+    checksums.fill(self._file.fileno(), out, offset, str(self.path))
+    if self._blocks:
+      self._blocks.require_piece(offset, out)
+
   def drop_page_cache(self) -> None:
-    """Asks the system to drop the file's pages, so that the next reads come from the disk."""
+    """Asks the system to drop the file's pages, so that the next reads come from the disk, and are
+    verified again."""
     self._require_open()
     self._unmap_pages()
+    if self._blocks:
+      self._blocks.forget()
     os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
   def close(self) -> None:
@@ -112,6 +138,8 @@ class FileRows(RowStore):
     super().close()
     self._pool.shutdown(cancel_futures=True)
     self._tables = ()
+    if self._blocks:
+      self._blocks.unmap()
     del self._mapping  # unmapped with the last view of it: an exception may hold one
     self._file.close()
 
@@ -150,12 +178,16 @@ class FileRows(RowStore):
     self.telemetry.add(hits=rows, bytes=size, seconds=time.perf_counter() - begin)
 
   def _read_cached(self, ids_by_layer: Sequence[np.ndarray], outs: Sequence[np.ndarray]) -> bool:
-    """Reads the rows in this thread if all are in the page cache; returns False if not."""
+    """Reads the rows in this thread if all are verified and in the page cache; returns False if
+    not."""
     size, file = row_bytes(self.header.kind, self.width), self._file.fileno()
     for table, ids, out in zip(self.header.tables, ids_by_layer, outs, strict=True):
+      numbers = ids.tolist()
+      if self._blocks and not self._blocks.contain(table, numbers):
+        return False
       packed = np.empty((len(ids), size), np.uint8)
       try:
-        for row, i in zip(packed, ids.tolist(), strict=True):
+        for row, i in zip(packed, numbers, strict=True):
           if os.preadv(file, [row.data], table.offset + i * size, _NOWAIT) != size:
             return False
       except OSError:  # not in memory, or no RWF_NOWAIT on this file system
@@ -165,15 +197,16 @@ class FileRows(RowStore):
 
   def _chunks(
     self, ids_by_layer: Sequence[np.ndarray], outs: Sequence[np.ndarray]
-  ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields (table, ids, out) for one thread each, all of about the same size."""
+  ) -> Iterator[tuple[TableEntry, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields (entry, table, ids, out) for one thread each, all of about the same size."""
     total = sum(map(len, ids_by_layer))
     size = min(max(-(-total // self._threads), _MIN_CHUNK), _MAX_CHUNK)
     if self._seem_cached(ids_by_layer):  # no reads to overlap
       size = max(size, _CACHED_CHUNK)
-    for table, ids, out in zip(self._tables, ids_by_layer, outs, strict=True):
+    entries = self.header.tables
+    for entry, table, ids, out in zip(entries, self._tables, ids_by_layer, outs, strict=True):
       for start in range(0, len(ids), size):
-        yield table, ids[start : start + size], out[start : start + size]
+        yield entry, table, ids[start : start + size], out[start : start + size]
 
   def _seem_cached(self, ids_by_layer: Sequence[np.ndarray]) -> bool:
     """Returns True if a sample of the rows is in the page cache."""
@@ -181,7 +214,11 @@ class FileRows(RowStore):
     outs = [np.empty((len(ids), self.width), self.dtype) for ids in sample]
     return bool(_NOWAIT) and self._read_cached(sample, outs)
 
-  def _read_chunk(self, table: np.ndarray, ids: np.ndarray, out: np.ndarray) -> None:
+  def _read_chunk(
+    self, entry: TableEntry, table: np.ndarray, ids: np.ndarray, out: np.ndarray
+  ) -> None:
+    if self._blocks:
+      self._blocks.require(entry, ids)
     read_rows(table, ids, out, self.header.kind)
     self._count_mapped(len(ids))
 

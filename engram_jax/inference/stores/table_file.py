@@ -4,32 +4,35 @@
     48       the header: JSON, see TableHeader
     offset   rows of each layer, packed (memory/codecs.py), one table after the other; each starts
              at a multiple of 4,096, and zeros fill the gaps
-    ...      checksums: CRC-32 (u32) of each MiB from the first table's start to here
+    ...      checksums: CRC-32 (u32) of each 4,096 bytes from the first table's start to here
 
-Numbers are little-endian. Opening reads the header alone, whose SHA-256 covers all it says and the
-SHA-256 of the checksums; `verify` reads everything.
+Numbers are little-endian. The header's SHA-256 covers all it says and the SHA-256 of the checksums,
+which cover the rows: whoever reads the header and the checksums can tell of any block whether it is
+the one that was written (checksums.py).
+
+Format 1, which is read but no longer written, differs in its blocks of a MiB, and its header does
+not say `block_bytes`. A table's first block there may begin with the end of the table before it.
 """
 
 import hashlib
 import json
 import os
 import struct
-import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Self
 
-import numpy as np
 import pydantic
 
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.memory.codecs import KINDS, row_bytes
 from engram_jax.memory.hash_layout import HashLayout
 
-MAGIC, VERSION = b"ENGRAMTB", 1
+MAGIC, VERSION = b"ENGRAMTB", 2
 PREFIX = struct.Struct("<8sII32s")
 MAX_HEADER = 1 << 20  # a layout of a hundred layers fits; nothing larger is read
 ALIGN = 4096
-BLOCK = 1 << 20  # bytes behind one checksum
+BLOCK = 4096  # bytes behind one checksum: what the system reads for a row anyway
+BLOCK_BYTES = {1: 1 << 20, VERSION: BLOCK}  # by format
 _UNKNOWN = "0" * 64  # stands for a digest while the file is written
 
 
@@ -63,6 +66,7 @@ class TableHeader(_StrictModel):
   checksums_sha256: str = pydantic.Field(pattern="^[0-9a-f]{64}$")
   file_bytes: int
   source: dict[str, Any]
+  block_bytes: int = BLOCK_BYTES[1]
 
   @classmethod
   def plan(
@@ -72,6 +76,7 @@ class TableHeader(_StrictModel):
     kind: str,
     width: int,
     source: dict[str, Any] | None = None,
+    version: int = VERSION,
   ) -> Self:
     """The header of a file that is about to be written; its checksums are still unknown.
 
@@ -87,6 +92,7 @@ class TableHeader(_StrictModel):
       checksums_sha256=_UNKNOWN,
       file_bytes=0,
       source=source or {},
+      block_bytes=BLOCK_BYTES[version],
     )
     margin = 128 * (len(header.tables) + 1)  # its numbers have more digits in the end
     offset, tables = _aligned(len(header.to_bytes()) + margin), []
@@ -94,14 +100,37 @@ class TableHeader(_StrictModel):
       size = table.rows * row_bytes(kind, width)
       tables.append(table.model_copy(update={"offset": offset, "bytes": size}))
       offset = _aligned(offset + size)
-    end = offset + 4 * -(-(offset - tables[0].offset) // BLOCK)
-    sizes = {"tables": tables, "checksums_offset": offset, "file_bytes": end}
-    return header.model_copy(update=sizes)
+    header = header.model_copy(update={"tables": tables, "checksums_offset": offset})
+    return header.model_copy(update={"file_bytes": offset + 4 * header.blocks})
 
   @property
   def data_range(self) -> tuple[int, int]:
     """Offsets of the first checksummed byte and of the one after the last."""
     return self.tables[0].offset, self.checksums_offset
+
+  @property
+  def version(self) -> int:
+    """The file's format."""
+    return 1 if self.block_bytes == BLOCK_BYTES[1] else VERSION
+
+  @property
+  def blocks(self) -> int:
+    """How many blocks have a checksum; the last one may be shorter."""
+    start, end = self.data_range
+    return -(-(end - start) // self.block_bytes)
+
+  def describe_block(self, block: int) -> str:
+    """Names the rows that lie in a block, wholly or in part."""
+    start, end = self.data_range
+    offset, size = start + block * self.block_bytes, row_bytes(self.kind, self.width)
+    end = min(end, offset + self.block_bytes)
+    parts = [
+      f"layer {t.layer} rows {max(0, offset - t.offset) // size} to "
+      f"{min(t.rows, -(-(min(end, t.end) - t.offset) // size)) - 1}"
+      for t in self.tables
+      if t.offset < end and t.end > offset
+    ]
+    return " or ".join(parts) if parts else "bytes between tables"
 
   def layout(self) -> HashLayout:
     """The hash layout, its constants rebuilt; ValueError where they differ from the stored ones."""
@@ -115,37 +144,12 @@ class TableHeader(_StrictModel):
 
   def to_bytes(self) -> bytes:
     """The file's first bytes: prefix and JSON."""
-    text = json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":")).encode()
+    # Only format 1 has the default, and leaves it out.
+    fields = self.model_dump(exclude_defaults=True)
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     if len(text) > MAX_HEADER:
       raise ConfigError(f"a header of {len(text):,} bytes is too large: at most {MAX_HEADER:,}")
-    return PREFIX.pack(MAGIC, VERSION, len(text), hashlib.sha256(text).digest()) + text
-
-
-class Checksums:
-  """CRC-32 of each BLOCK of a stream of bytes."""
-
-  def __init__(self) -> None:
-    self._blocks: list[int] = []
-    self._crc = self._size = 0  # of the block that is not complete
-
-  def add(self, data: memoryview) -> None:
-    """Adds the next bytes, however many."""
-    while len(data):
-      part = data[: BLOCK - self._size]
-      self._crc, self._size = zlib.crc32(part, self._crc), self._size + len(part)
-      data = data[len(part) :]
-      if self._size == BLOCK:
-        self._end_block()
-
-  def to_bytes(self) -> bytes:
-    """u32 of each block; the last block may be shorter."""
-    if self._size:
-      self._end_block()
-    return np.array(self._blocks, "<u4").tobytes()
-
-  def _end_block(self) -> None:
-    self._blocks.append(self._crc)
-    self._crc = self._size = 0
+    return PREFIX.pack(MAGIC, self.version, len(text), hashlib.sha256(text).digest()) + text
 
 
 def read_header(file: BinaryIO, name: str) -> tuple[TableHeader, HashLayout]:
@@ -156,7 +160,10 @@ def read_header(file: BinaryIO, name: str) -> tuple[TableHeader, HashLayout]:
   """
   size = os.fstat(file.fileno()).st_size
   try:
-    header = TableHeader.model_validate_json(_header_text(file, size))
+    version, text = _header_text(file, size)
+    header = TableHeader.model_validate_json(text)
+    if header.block_bytes != BLOCK_BYTES[version]:
+      raise ValueError(f"blocks of {header.block_bytes:,} bytes in format {version}")
     layout = header.layout()
     _require_consistent(header, layout)
   except _Damaged as error:
@@ -173,37 +180,28 @@ def read_header(file: BinaryIO, name: str) -> tuple[TableHeader, HashLayout]:
   return header, layout
 
 
-def verify(file: BinaryIO, header: TableHeader, name: str) -> None:
-  """Reads the complete file; StorageError names the first layer and rows that have changed."""
-  start, end = header.data_range
-  expected = _read(file, end, header.file_bytes - end, name)
-  if hashlib.sha256(expected).hexdigest() != header.checksums_sha256:
-    raise StorageError(f"{name} is damaged: its checksums have changed")
-  checksums = np.frombuffer(expected, "<u4")
-  for offset, checksum in zip(range(start, end, BLOCK), checksums, strict=True):
-    if zlib.crc32(_read(file, offset, min(BLOCK, end - offset), name)) != checksum:
-      raise StorageError(f"{name} is damaged: {_describe_block(header, offset)} have changed")
-
-
 class _Damaged(Exception):
   """The reason why a file is not a valid table file."""
 
 
-def _header_text(file: BinaryIO, size: int) -> bytes:
+def _header_text(file: BinaryIO, size: int) -> tuple[int, bytes]:
+  """The file's format and the JSON of its header."""
   if size < PREFIX.size:
     raise _Damaged(f"is no table file: it has {size} bytes")
   file.seek(0)
   magic, version, length, digest = PREFIX.unpack(file.read(PREFIX.size))
   if magic != MAGIC:
     raise _Damaged(f"is no table file: it begins with {magic!r}, not {MAGIC!r}")
-  if version != VERSION:
-    raise _Damaged(f"has format {version}; this version reads {VERSION}")
+  if version not in BLOCK_BYTES:
+    raise _Damaged(
+      f"has format {version}; this version reads {' and '.join(map(str, BLOCK_BYTES))}"
+    )
   if not 0 < length <= min(MAX_HEADER, size - PREFIX.size):
     raise _Damaged(f"is damaged: it announces a header of {length:,} bytes")
   text = file.read(length)
   if hashlib.sha256(text).digest() != digest:
     raise _Damaged("is damaged: its header does not match its own digest")
-  return text
+  return version, text
 
 
 def _require_consistent(header: TableHeader, layout: HashLayout) -> None:
@@ -220,32 +218,9 @@ def _require_consistent(header: TableHeader, layout: HashLayout) -> None:
     if table.bytes != table.rows * row_bytes(header.kind, header.width):
       raise ValueError(f"layer {table.layer} has {table.bytes} bytes for {table.rows} rows")
     offset = table.end
-  start, end = header.data_range
-  if end != _aligned(offset) or header.file_bytes != end + 4 * -(-(end - start) // BLOCK):
+  end = header.checksums_offset
+  if end != _aligned(offset) or header.file_bytes != end + 4 * header.blocks:
     raise ValueError(f"checksums lie at {end}, and the file ends at {header.file_bytes}")
-
-
-def _describe_block(header: TableHeader, offset: int) -> str:
-  """Names the rows that share the checksummed block at this offset."""
-  size, end = row_bytes(header.kind, header.width), offset + BLOCK
-  parts = [
-    f"layer {t.layer} rows {max(0, offset - t.offset) // size} to "
-    f"{min(t.rows, -(-(min(end, t.end) - t.offset) // size)) - 1}"
-    for t in header.tables
-    if t.offset < end and t.end > offset
-  ]
-  return " or ".join(parts) if parts else "bytes between tables"
-
-
-def _read(file: BinaryIO, offset: int, size: int, name: str) -> bytes:
-  try:
-    file.seek(offset)
-    data = file.read(size)
-  except OSError as error:
-    raise StorageError(f"{name} cannot be read: {error.strerror}") from None
-  if len(data) != size:
-    raise StorageError(f"{name} is damaged: it ends at byte {offset + len(data):,}")
-  return data
 
 
 def _aligned(offset: int) -> int:

@@ -13,8 +13,9 @@ import numpy as np
 
 from engram_jax.core.manifest import sync_directory
 from engram_jax.errors import ConfigError, StorageError
+from engram_jax.inference.stores.checksums import Checksums
 from engram_jax.inference.stores.host import pack_blocks
-from engram_jax.inference.stores.table_file import Checksums, TableHeader, gaps
+from engram_jax.inference.stores.table_file import TableHeader, gaps
 from engram_jax.memory.hash_layout import HashLayout
 
 
@@ -69,7 +70,7 @@ def _write_rows(
   file: BinaryIO, header: TableHeader, blocks: Callable[[int], Iterable[np.ndarray]]
 ) -> bytes:
   """Writes all tables and returns the checksums of the bytes written."""
-  checksums = Checksums()
+  checksums = Checksums(header.block_bytes)
   file.seek(header.tables[0].offset)
   for table, gap in gaps(header):
     for packed in pack_blocks(table.layer, blocks(table.layer), table.rows, header.kind):
