@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from engram_jax.cli import run_kind
+from engram_jax.cli import log, run_kind
 from engram_jax.commands.convert_runs import (
   export_run,
   import_run,
@@ -37,6 +37,8 @@ class MemoryArgs:
   """Layout to write; that of the checkpoint, byte for byte, if left out."""
   shard_bytes: int = SHARD_BYTES
   """Bytes of the tensors in one file; a larger tensor has a file for itself."""
+  verify: bool = True
+  """Compare files that are read with the folder's SHA256SUMS; --no-verify trusts them."""
   json: bool = False
   """One JSON object on stdout."""
 
@@ -49,8 +51,10 @@ def convert_memory(argv: Sequence[str]) -> int:
   """
   prog = "python -m engram_jax convert memory"
   args = tyro.cli(MemoryArgs, prog=prog, args=argv, description=inspect.getdoc(convert_memory))
-  with Folder(args.source) as folder:
+  with Folder(args.source, verify=args.verify) as folder:
     memory = open_memory(folder)
+    if folder.caveat:
+      log(folder.caveat)
     tokenizer = (args.source / TOKENIZER).read_text(encoding="utf-8")
     if args.layout is None:
       config = (args.source / CONFIG).read_text(encoding="utf-8")

@@ -29,6 +29,8 @@ from engram_jax.core.run_directory import CONFIG as RUN_CONFIG
 from engram_jax.core.run_directory import TOKENIZER as RUN_TOKENIZER
 from engram_jax.errors import ConfigError
 from engram_jax.interop import engram_format
+from engram_jax.interop.digests import NAME as DIGESTS
+from engram_jax.interop.digests import dump_digests
 from engram_jax.interop.folder import CONFIG, TOKENIZER, Folder
 from engram_jax.interop.safetensors import DTYPE_NAMES, NUMPY_DTYPES
 from engram_jax.interop.writer import (
@@ -73,6 +75,8 @@ class ImportArgs:
   """Folder that `convert export` wrote."""
   run: pathlib.Path
   """Folder of the run to make; nothing is overwritten."""
+  verify: bool = True
+  """Compare the folder's files with its SHA256SUMS before use; --no-verify trusts them."""
   json: bool = False
   """One JSON object on stdout."""
 
@@ -128,7 +132,8 @@ def write_checkpoint_folder(
   tensors: Mapping[str, StreamedTensor],
   shard_bytes: int,
 ) -> int:
-  """Writes a new checkpoint folder, with a progress bar; returns the bytes of its tensors.
+  """Writes a new checkpoint folder, its digests last, with a progress bar; returns the bytes of its
+  tensors.
 
   Args:
     config: JSON text of its config.json.
@@ -137,12 +142,13 @@ def write_checkpoint_folder(
 
   Raises ConfigError if `path` exists, StorageError if it cannot be written.
   """
+  texts = {CONFIG: config, TOKENIZER: tokenizer}
   with new_folder(path) as folder:
-    write_text(folder / CONFIG, config)
-    write_text(folder / TOKENIZER, tokenizer)
+    digests = {name: write_text(folder / name, text) for name, text in texts.items()}
     size = sum(tensor.nbytes for tensor in tensors.values())
     with tqdm(total=size, unit="B", unit_scale=True, file=sys.stderr) as bar:
-      write_tensors(folder, tensors, shard_bytes, bar.update)
+      digests |= write_tensors(folder, tensors, shard_bytes, bar.update)
+    write_text(folder / DIGESTS, dump_digests(digests))
   return size
 
 
@@ -153,8 +159,11 @@ def import_run(argv: Sequence[str]) -> int:
   """A run that eval.py and train.py open, of an exported folder; optimizer moments start anew."""
   prog = "python -m engram_jax convert import"
   args = tyro.cli(ImportArgs, prog=prog, args=argv, description=import_run.__doc__)
-  with Folder(args.source) as folder:
+  with Folder(args.source, verify=args.verify) as folder:
+    folder.verify()
     cfg, step, meta, setup = check_export(folder, args.run)
+    if folder.caveat:
+      log(folder.caveat)
     with new_folder(args.run) as run:
       state = import_state(folder, setup, step)
       offloaded = exported_tables(folder, setup) if setup.tables.is_offloaded else []

@@ -54,6 +54,8 @@ class RowsArgs:
   """The file to write; nothing is overwritten."""
   dtype: Kind = "fp8_e4m3"
   """Encoding of the rows."""
+  verify: bool = True
+  """Compare files that are read with the folder's SHA256SUMS; --no-verify trusts them."""
   json: bool = False
   """One JSON object on stdout, everything else on stderr."""
 
@@ -100,7 +102,9 @@ def convert_rows(argv: Sequence[str]) -> int:
   prog = "python -m engram_jax convert rows"
   args = tyro.cli(RowsArgs, prog=prog, args=argv, description=inspect.getdoc(convert_rows))
   require_new(args.to)
-  with MemoryReader(args.source) as reader:
+  with MemoryReader(args.source, verify=args.verify) as reader:
+    if reader.caveat:
+      log(reader.caveat)
     memory = reader.memory
     header = _write_with_bar(
       args.to,

@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
   sampling = _check(args)
   model = load_model(args.run, args.step, log)
   with contextlib.ExitStack() as stack:
-    row_source = model.open_row_source(stack, args.rows)
+    row_source = model.open_row_source(stack, args.rows, log)
     # What is compiled for one capacity serves all lines of a conversation that need no more.
     decoder_of = functools.cache(lambda capacity: Decoder(model.weights, row_source, capacity))
     if args.interactive:

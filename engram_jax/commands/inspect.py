@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from engram_jax.cli import log
 from engram_jax.interop.reader import MemoryReader
 
 
@@ -31,6 +32,8 @@ class InspectArgs:
   """Text to look up; without it only the memory is described."""
   special_tokens: bool = False
   """Add those that the tokenizer puts around a text."""
+  verify: bool = True
+  """Compare files that are read with the folder's SHA256SUMS; --no-verify trusts them."""
   json: bool = False
   """One JSON object on stdout."""
 
@@ -38,7 +41,9 @@ class InspectArgs:
 def main(argv: Sequence[str]) -> int:
   """Describes a checkpoint's memory, and shows the rows that it holds for a text."""
   args = tyro.cli(InspectArgs, prog="python -m engram_jax inspect", args=argv, description=__doc__)
-  with MemoryReader(args.checkpoint) as reader:
+  with MemoryReader(args.checkpoint, verify=args.verify) as reader:
+    if reader.caveat:
+      log(reader.caveat)
     result = {"checkpoint": str(args.checkpoint)} | describe(reader)
     if args.text is not None:
       result |= look_up(reader, args.text, args.special_tokens)

@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
   )
   template, names = read_template(args.run, args.chat_template)
   with contextlib.ExitStack() as stack:
-    row_source = model.open_row_source(stack, args.rows)
+    row_source = model.open_row_source(stack, args.rows, log)
     decoder = Decoder(
       model.weights, row_source, args.capacity, chunk=min(args.chunk, args.capacity)
     )

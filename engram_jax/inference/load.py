@@ -75,9 +75,12 @@ class LoadedModel:
     with self._open_blocks() as blocks:
       return HostRows.from_blocks(blocks, layout, digest, engram.row_width, kind=kind)
 
-  def open_table_file(self, path: pathlib.Path) -> FileRows:
-    """The file that `convert table` wrote of this step; ConfigError for one of anything else."""
-    store = FileRows(path)
+  def open_table_file(self, path: pathlib.Path, *, verify: bool = True) -> FileRows:
+    """The file that `convert table` wrote of this step; ConfigError for one of anything else.
+
+    verify: see `FileRows`.
+    """
+    store = FileRows(path, verify=verify)
     try:
       self._require_same_step(store, f"--table {path}")
     except ConfigError:
@@ -121,10 +124,17 @@ class LoadedModel:
     data = self.config.data.model_copy(update={"tokenizer": str(self.run / TOKENIZER)})
     return prepare(self.config.model_copy(update={"data": data}), lambda _: None)
 
-  def open_row_source(self, stack: contextlib.ExitStack, args: "PlacementArgs") -> RowSource | None:
+  def open_row_source(
+    self,
+    stack: contextlib.ExitStack,
+    args: "PlacementArgs",
+    log: Callable[[str], None] = lambda _: None,
+  ) -> RowSource | None:
     """Rows of this step, placed as `args` say; None without a memory.
 
-    stack: closes everything that is opened here.
+    Args:
+      stack: closes everything that is opened here.
+      log: is told if rows of a file are not verified, or only in large blocks.
     """
     layout, compressor = self.weights.layout, self.weights.compressor
     args.check(layout is not None)
@@ -134,11 +144,18 @@ class LoadedModel:
       return DeviceRowSource(layout, compressor.table, tuple(map(jax.device_put, self.tables())))
     if args.table is None:
       store = self.host_store()
-    elif args.placement == "file":
-      store = self.open_table_file(args.table)
     else:
-      with self.open_table_file(args.table) as file:
-        store = file.in_memory()
+      store = self.open_table_file(args.table, verify=args.verify)
+      if not args.verify:
+        log(f"--no-verify: rows of {args.table} are used without comparing its checksums")
+      elif store.header.version == 1 and args.placement == "file":
+        log(
+          f"{args.table} has format 1: a first row is verified with the MiB around it, with the "
+          "4 KiB in a file that `convert table` writes now"
+        )
+      if args.placement == "host":
+        with store as file:
+          store = file.in_memory()
     stack.enter_context(store)
     if args.host_cache_mib:
       store = stack.enter_context(HostCache(store, args.host_cache_mib << 20))
@@ -171,6 +188,8 @@ class PlacementArgs:
   """Memory for rows of the file that were asked for often; with file."""
   deadline: float | None = None
   """Seconds that one memory's read may take with host or file, an error after that; None waits."""
+  verify: bool = True
+  """Compare rows of --table with its checksums before use; --no-verify trusts the file."""
 
   def check(self, memory: bool = True) -> None:
     """Raises ConfigError for options that contradict each other; memory: the model has one."""
@@ -202,6 +221,10 @@ class PlacementArgs:
       (
         self.deadline is None or 0 < self.deadline <= MAX_DEADLINE,
         f"--deadline {self.deadline} must be above 0 and at most {MAX_DEADLINE} seconds",
+      ),
+      (
+        self.verify or self.table is not None,
+        "--no-verify is for rows of a file: it goes with --table FILE",
       ),
       (
         memory or dataclasses.replace(self, deadline=None) == PlacementArgs(),

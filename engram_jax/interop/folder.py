@@ -1,7 +1,8 @@
 """A checkpoint folder: config.json, tokenizer.json, and one safetensors file or an indexed set.
 
 A file is opened when a tensor in it is first needed, so that a folder with only the shards of the
-memory is enough.
+memory is enough. Where the folder has digests (digests.py), a file is compared with its own before
+anything in it is used.
 """
 
 import os
@@ -12,6 +13,7 @@ import numpy as np
 import tokenizers
 
 from engram_jax.errors import ConfigError, StorageError
+from engram_jax.interop import digests
 from engram_jax.interop.safetensors import SafetensorsFile, TensorInfo, parse_object
 
 CONFIG = "config.json"
@@ -27,14 +29,24 @@ class Folder:
   Attributes:
     path: of the folder.
     config: its config.json.
+    caveat: one line that says why files are not verified; None where they are.
 
   Raises ConfigError where it is no checkpoint folder or its index names a file outside it,
-  StorageError where a file is damaged.
+  StorageError where a file is damaged, or missing, added or changed since SHA256SUMS was written.
   """
 
-  def __init__(self, path: str | os.PathLike):
+  def __init__(self, path: str | os.PathLike, *, verify: bool = True):
+    """Opens a folder; verify=False does not compare its files with its SHA256SUMS."""
     self.path = pathlib.Path(path)
     self._open: dict[str, SafetensorsFile] = {}
+    self._digests = digests.read_digests(self.path) if verify else None
+    self._verified: set[str] = set()
+    self._bytes_verified = 0  # of tensor files
+    self.caveat = None
+    if not verify:
+      self.caveat = f"{self.path} is not compared with its {digests.NAME}: nothing is verified"
+    elif self._digests is None:
+      self.caveat = f"{self.path} has no {digests.NAME}: nothing is verified"
     if not (self.path / CONFIG).is_file():
       raise ConfigError(f"{self.path}: no {CONFIG} there; give the folder of a checkpoint")
     self.config = self._read_json(CONFIG)
@@ -59,8 +71,14 @@ class Folder:
 
   @property
   def bytes_read(self) -> int:
-    """Bytes read from tensor files so far, headers included."""
-    return sum(file.bytes_read for file in self._open.values())
+    """Bytes read from tensor files so far, with their headers and for their verification."""
+    return self._bytes_verified + sum(file.bytes_read for file in self._open.values())
+
+  def verify(self) -> None:
+    """Compares all files with their digests, if there are any; StorageError names one that has
+    changed."""
+    for name in self._digests or ():
+      self._require_unchanged(name)
 
   def __contains__(self, name: str) -> bool:
     return name in self._file_of
@@ -113,17 +131,29 @@ class Folder:
     if file not in self._open:
       if not (self.path / file).is_file():
         raise StorageError(f"{self.path / file} is missing: the index says that it holds {name}")
-      self._open[file] = SafetensorsFile(self.path / file)
+      self._open_file(file)
     if name not in self._open[file].tensors:
       raise StorageError(f"{self.path / file} holds no {name}, which the index says it does")
     return self._open[file]
+
+  def _open_file(self, name: str) -> None:
+    self._require_unchanged(name)
+    self._open[name] = SafetensorsFile(self.path / name)
+
+  def _require_unchanged(self, name: str) -> None:
+    """Compares a file with its digest, if it has one and was not compared before."""
+    if self._digests is None or name in self._verified:
+      return
+    size = digests.require_digest(self.path / name, self._digests[name])
+    self._verified.add(name)
+    self._bytes_verified += size if name.endswith(".safetensors") else 0
 
   def _read_index(self) -> dict[str, str]:
     """The name of each tensor's file, by tensor."""
     if not (self.path / INDEX).is_file():
       if not (self.path / SINGLE_FILE).is_file():
         raise ConfigError(f"{self.path}: neither {INDEX} nor {SINGLE_FILE} there")
-      self._open[SINGLE_FILE] = SafetensorsFile(self.path / SINGLE_FILE)
+      self._open_file(SINGLE_FILE)
       return dict.fromkeys(self._open[SINGLE_FILE].tensors, SINGLE_FILE)
     weight_map = self._read_json(INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -146,6 +176,7 @@ class Folder:
       size = path.stat().st_size
       if size > _MAX_JSON_BYTES:
         raise StorageError(f"{path} has {size:,} bytes: at most {_MAX_JSON_BYTES:,}")
+      self._require_unchanged(name)
       return path.read_bytes()
     except FileNotFoundError:
       raise ConfigError(f"{path}: no such file") from None

@@ -61,13 +61,16 @@ class MemoryReader:
 
   Attributes:
     memory: kind, layout, tables and sizes (interop.memory.Memory).
+    caveat: one line that says why files are not verified; None where they are.
 
   Raises ConfigError (code 2) for parts that do not fit together, StorageError (5) for damaged
   files.
   """
 
-  def __init__(self, path: str | os.PathLike):
-    self._folder = Folder(path)
+  def __init__(self, path: str | os.PathLike, *, verify: bool = True):
+    """Opens a folder; verify: compare its files with its SHA256SUMS before they are used."""
+    self._folder = Folder(path, verify=verify)
+    self.caveat = self._folder.caveat
     self._modules: dict[int, Engram] = {}
     try:
       self.memory = open_memory(self._folder)
@@ -92,7 +95,7 @@ class MemoryReader:
 
   @property
   def bytes_read(self) -> int:
-    """Bytes read from tensor files so far, headers included."""
+    """Bytes read from tensor files so far, with their headers and for their verification."""
     return self._folder.bytes_read
 
   def read(self, text: str, special_tokens: bool = False) -> Reading:

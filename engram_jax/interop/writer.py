@@ -8,6 +8,7 @@ Local letter: n, entries of one slice.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import secrets
 import shutil
 import struct
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -79,12 +80,14 @@ def dump_json(value: Any) -> str:
   return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a text file and syncs it."""
-  with open(path, "w", encoding="utf-8") as file:
-    file.write(text)
+def write_text(path: pathlib.Path, text: str) -> str:
+  """Writes a text file and syncs it; returns its SHA-256 (hex)."""
+  data = text.encode()
+  with open(path, "wb") as file:
+    file.write(data)
     file.flush()
     os.fsync(file.fileno())
+  return hashlib.sha256(data).hexdigest()
 
 
 def write_tensors(
@@ -92,8 +95,9 @@ def write_tensors(
   tensors: Mapping[str, StreamedTensor],
   shard_bytes: int = SHARD_BYTES,
   on_bytes_written: Callable[[int], object] = lambda count: None,
-) -> None:
-  """Writes tensors, in order, to `model-0000i-of-0000k.safetensors` files and their index.
+) -> dict[str, str]:
+  """Writes tensors, in order, to `model-0000i-of-0000k.safetensors` files and their index; returns
+  the SHA-256 (hex) of each file by its name.
 
   Args:
     folder: an existing folder, from `new_folder`.
@@ -111,12 +115,14 @@ def write_tensors(
   if total > free:
     raise StorageError(f"{folder.parent} has {free:,} bytes free: {total:,} do not fit")
   shards = _shards(tensors, shard_bytes)
-  file_of = {}
+  file_of, digests = {}, {}
   for i, names in enumerate(shards, 1):
     file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-    _write_file(folder / file, {name: tensors[name] for name in names}, on_bytes_written)
+    in_file = {name: tensors[name] for name in names}
+    digests[file] = _write_file(folder / file, in_file, on_bytes_written)
     file_of |= dict.fromkeys(names, file)
-  write_text(folder / INDEX, dump_json({"metadata": {"total_size": total}, "weight_map": file_of}))
+  index = dump_json({"metadata": {"total_size": total}, "weight_map": file_of})
+  return digests | {INDEX: write_text(folder / INDEX, index)}
 
 
 def _shards(tensors: Mapping[str, StreamedTensor], limit: int) -> list[list[str]]:
@@ -135,7 +141,8 @@ def _write_file(
   path: pathlib.Path,
   tensors: Mapping[str, StreamedTensor],
   on_bytes_written: Callable[[int], object],
-) -> None:
+) -> str:
+  """Writes and syncs one file; returns its SHA-256 (hex)."""
   header: dict[str, Any] = {"__metadata__": {"format": "np"}}
   end = 0
   for name, tensor in tensors.items():
@@ -145,24 +152,34 @@ def _write_file(
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
   assert len(text) <= MAX_HEADER_BYTES, f"a header of {len(text):,} bytes"
+  digest = hashlib.sha256()
   with open(path, "wb") as file:
-    file.write(struct.pack("<Q", len(text)) + text)
+
+    def write(data: bytes | memoryview) -> None:
+      file.write(data)
+      digest.update(data)
+
+    write(struct.pack("<Q", len(text)) + text)
     for name, tensor in tensors.items():
-      _write_slices(file, name, tensor, on_bytes_written)
+      _write_slices(write, name, tensor, on_bytes_written)
     file.flush()
     os.fsync(file.fileno())
   with safetensors.safe_open(path, "np") as opened:
     assert set(opened.keys()) == set(tensors), f"{path} holds other tensors than were written"
+  return digest.hexdigest()
 
 
 def _write_slices(
-  file: BinaryIO, name: str, tensor: StreamedTensor, on_bytes_written: Callable[[int], object]
+  write: Callable[[memoryview], object],
+  name: str,
+  tensor: StreamedTensor,
+  on_bytes_written: Callable[[int], object],
 ) -> None:
   done = 0
   for array in tensor.slices():
     if array.dtype != NUMPY_DTYPES[tensor.dtype] or array.shape[1:] != tensor.shape[1:]:
       raise ValueError(f"{name}: a slice {array.dtype}{list(array.shape)} of {tensor[:2]}")
-    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     done += array.nbytes
     on_bytes_written(array.nbytes)
   if done != tensor.nbytes:

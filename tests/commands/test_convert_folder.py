@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import operator
 import pathlib
@@ -30,6 +31,7 @@ from engram_jax.core.run_directory import open_run
 from engram_jax.data.pipeline import prepare
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.inference.stores.file import FileRows
+from engram_jax.interop.digests import dump_digests
 from engram_jax.interop.folder import Folder
 from engram_jax.interop.reader import MemoryReader
 from engram_jax.memory.codecs import decode, encode
@@ -124,7 +126,7 @@ def test_exporting_the_import_gives_the_same_bytes(exported, imported, command, 
   assert command("convert", "export", *argv).code == 0
   names = {path.name for path in exported.iterdir()}
   assert {path.name for path in (tmp_path / "e").iterdir()} == names
-  for name in names - {"config.json"}:
+  for name in names - {"config.json", "SHA256SUMS"}:  # the one names the run, the other that one
     assert (tmp_path / "e" / name).read_bytes() == (exported / name).read_bytes(), name
   first, second = (
     json.loads((folder / "config.json").read_text()) for folder in (exported, tmp_path / "e")
@@ -183,6 +185,14 @@ def edit_config(change):
     (folder / "config.json").write_text(json.dumps(tree))
 
   return damage
+
+
+def seal(folder: pathlib.Path) -> None:
+  """Writes the digests of the files that are there now, as one who edits an export must."""
+  (folder / "SHA256SUMS").unlink()
+  digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
+  text = dump_digests({path.name: digest(path) for path in folder.iterdir()})
+  (folder / "SHA256SUMS").write_text(text)
 
 
 def model(**fields):
@@ -269,6 +279,7 @@ def test_exports_that_do_not_fit_are_refused_and_leave_nothing(
 ):
   copy = shutil.copytree(exported, tmp_path / "copy")
   damage(copy)
+  seal(copy)
   done = command("convert", "import", "--from", copy, "--run", tmp_path / "runs" / "t")
   assert done.code == code, done.err
   assert message in done.err
@@ -290,7 +301,7 @@ def paths_in(tree, path=()):
 def test_a_fuzzed_export_config_fits_or_is_refused(exported, tmp_path_factory, data):
   """Exchanges one value for a hostile one."""
   folder = tmp_path_factory.mktemp("fuzz")
-  for path in exported.iterdir():
+  for path in set(exported.iterdir()) - {exported / "SHA256SUMS"}:  # which would refuse all
     (folder / path.name).symlink_to(path)
   tree = {"all": json.loads((exported / "config.json").read_text())}
   *above, last = ("all", *data.draw(st.sampled_from(list(paths_in(tree["all"])))))
