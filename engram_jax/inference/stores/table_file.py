@@ -166,6 +166,9 @@ def read_header(file: BinaryIO, name: str) -> tuple[TableHeader, HashLayout]:
       raise ValueError(f"blocks of {header.block_bytes:,} bytes in format {version}")
     layout = header.layout()
     _require_consistent(header, layout)
+    gap = header.tables[0].offset - file.tell()
+    if gap > MAX_HEADER or any(file.read(gap)):
+      raise ValueError(f"{gap:,} bytes between it and the first table are not a few zeros")
   except _Damaged as error:
     raise StorageError(f"{name} {error}") from None
   except OSError as error:
