@@ -79,6 +79,24 @@ def test_a_file_of_another_step_is_refused(run, say, tmp_path):
     assert say(*asked, "--table", path, "--step", steps[0]).code == 0
 
 
+def test_rows_of_a_damaged_file_are_used_by_name_alone(run, say, tmp_path):
+  path = tmp_path / "t.engram"
+  assert convert.main(["table", "--run", str(run), "--to", str(path), "--dtype", "f32"]) == 0
+  content = bytearray(path.read_bytes())
+  first = len(content) // 4096 // 2 * 4096  # in the rows, of which any may be asked for
+  content[first:-4096:100] = bytes(len(content[first:-4096:100]))
+  path.write_bytes(content)
+  for placement in ("file", "host"):
+    asked = ("--run", run, "--prompt", "def f(x, y):", "--tokens", 2, "--placement", placement)
+    done = say(*asked, "--table", path)
+    assert done.code == 5
+    assert re.search(rf"error: {path} is damaged: layer 1 rows \d+ to \d+ have changed", done.err)
+    done = say(*asked, "--table", path, "--no-verify")
+    assert done.code == 0, done.err
+    said = f"--no-verify: rows of {path} are used without comparing its checksums"
+    assert said in done.err.splitlines()
+
+
 def test_a_late_read_is_an_error(run, say):
   done = say("--run", run, "--prompt", "x", "--placement", "host", "--deadline", 1e-9)
   assert done.code == 5
@@ -137,6 +155,7 @@ def test_prompts_from_the_terminal(run, say, monkeypatch):
     (("--prompt", "x", "--placement", "host", "--deadline", 0), "--deadline 0.0 must be above 0"),
     (("--prompt", "x", "--placement", "host", "--deadline", "nan"), "--deadline nan must be"),
     (("--prompt", "x", "--placement", "host", "--deadline", "inf"), "at most 86400 seconds"),
+    (("--prompt", "x", "--placement", "host", "--no-verify"), "it goes with --table FILE"),
     ((*FILE, "--host_cache_mib", 10**8), "--host_cache_mib 100000000 is more than the .* MiB"),
   ],
 )
