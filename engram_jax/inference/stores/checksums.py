@@ -130,7 +130,10 @@ class VerifiedBlocks:
         yield os.pread(self._file, min(size, end - offset), offset)
       return
     assert self._mapped is not None, "the store is closed"
-    self._mapped[offsets]  # the disk is waited for here, where NumPy lets other threads run
+    for offset in offsets.tolist() if hasattr(os, "posix_fadvise") else ():  # all on their way
+      os.posix_fadvise(self._file, offset, size, os.POSIX_FADV_WILLNEED)
+    # The disk is waited for here: take lets other threads run, an index of few would not.
+    np.take(self._mapped, offsets, mode="clip")
     for offset in offsets.tolist():
       yield self._mapped.data[offset : offset + size]
 
