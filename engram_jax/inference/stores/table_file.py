@@ -115,7 +115,7 @@ class TableHeader(_StrictModel):
 
   @property
   def blocks(self) -> int:
-    """How many blocks have a checksum; the last one may be shorter."""
+    """The number of blocks, each with a checksum; the last one may be shorter."""
     start, end = self.data_range
     return -(-(end - start) // self.block_bytes)
 
