@@ -27,6 +27,10 @@ from engram_jax.config import Config, RunConfig
 from engram_jax.memory.hash_layout import HashLayout
 
 use_older_emitters()
+# Tracing makes many objects, few of them garbage: collecting as often as Python does by default
+# takes a quarter of its time. `few_programs` collects after each file.
+gc.freeze()
+gc.set_threshold(50_000, 20, 100)
 
 ROOT = pathlib.Path(engram_jax.__file__).parents[1]
 TEXTS = ("bisect", "copy", "dis", "heapq")  # modules of the standard library, read as text
@@ -189,6 +193,15 @@ def built(tmp_path_factory, quick_compilation) -> Lab:
   commands = [load_command(name) for name in ("train", "eval")]
   share_programs(commands)
   return Lab(folder, config, quick_compilation, *commands)
+
+
+@pytest.fixture(scope="session")
+def trained(built, tmp_path_factory) -> pathlib.Path:
+  """The folder of a whole run of the shared config, for tests that only read it."""
+  root = tmp_path_factory.mktemp("trained")
+  done = built.training(root)
+  assert done.code == 0, done.err
+  return root / "t"
 
 
 @pytest.fixture(scope="module")

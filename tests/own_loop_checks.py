@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+from types import ModuleType
 
 import chex
 import jax
@@ -22,18 +23,24 @@ PATH = pathlib.Path(__file__).parents[1] / "docs" / "own_loop.py"
 ADAM = (1e-2, 0.9, 0.95, 1e-3)  # an eps that no rounding of a small gradient shows through
 
 
-def load():
-  """docs/own_loop.py as a module."""
+def load(**changes: object) -> ModuleType:
+  """docs/own_loop.py as a module; changes: globals that differ."""
   spec = importlib.util.spec_from_file_location("own_loop", PATH)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
+  vars(module).update(changes)
   return module
 
 
-def check(mesh: Mesh) -> None:
+def load_smaller() -> ModuleType:
+  """With half the blocks, which take half as long to compile, and a memory in each."""
+  memory = load().MEMORY.model_copy(update={"layers": (0, 1)})
+  return load(LAYERS=2, MEMORY=memory)
+
+
+def check(loop: ModuleType, mesh: Mesh) -> None:
   """A step moves touched rows as a dense table and dense Adam would, and no other row; its program
   makes no gradient of a table's size; the loss falls."""
-  loop = load()
   layout = HashLayout.of(loop.MEMORY, TokenCompressor.identity(loop.V))
   state, step = loop.make_training(mesh, adam(*ADAM))
   before = jax.tree.map(np.asarray, state[2].tables)

@@ -46,9 +46,13 @@ class SmallModel:
   tables: tuple[jax.Array, ...]
 
   def logits(self, tokens: list[int]) -> np.ndarray:
-    """float32 [T, V] of one full forward pass over a sequence, which every decoder must match."""
+    """float32 [T, V] of one full forward pass over a sequence, which every decoder must match.
+
+    Tokens that no earlier position sees fill it up to a multiple of 32, so that sequences of most
+    lengths share a program.
+    """
     w = self.weights
-    tokens_BT = np.array([tokens])
+    tokens_BT = np.array([[*tokens, *[0] * (-len(tokens) % 32)]])
     rows = ()
     if w.layout:
       canonical_BT = w.compressor(tokens_BT)
@@ -58,7 +62,7 @@ class SmallModel:
         for layer in w.layout.layers
       ]
       rows = tuple(lookup_reference(t, i) for t, i in zip(self.tables, ids, strict=True))
-    return np.asarray(_forward(w.graphdef, w.params, w.biases, tokens_BT, rows))[0]
+    return np.asarray(_forward(w.graphdef, w.params, w.biases, tokens_BT, rows))[0, : len(tokens)]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -12,11 +12,9 @@ from engram_jax.inference.load import load_model
 TEXT = "def heappush(heap, item):"
 
 
-@pytest.fixture(scope="module")
-def run(lab):
-  done = lab.training(lab.folder, "--train.steps", 2, "--train.sample_tokens", 0)
-  assert done.code == 0, done.err
-  return lab.folder / "t"
+@pytest.fixture
+def run(trained):
+  return trained
 
 
 def test_gates_are_written_as_json_a_page_and_a_picture(run, tmp_path, capsys):

@@ -15,11 +15,9 @@ PROMPTS = ("def insort(", "import")
 FILE = ("--prompt", "x", "--placement", "file", "--table", "t.engram")
 
 
-@pytest.fixture(scope="module")
-def run(lab):
-  more = ("--train.steps", 6, "--train.checkpoint_every", 3)
-  assert lab.training(lab.folder, *more).code == 0
-  return lab.folder / "t"
+@pytest.fixture
+def run(trained):
+  return trained
 
 
 @pytest.fixture
@@ -39,7 +37,7 @@ def test_the_texts_are_eval_s(lab, run, say):
   result = answers(say("--run", run, "--prompt", *PROMPTS, "--tokens", 12, "--json"))
   expected = [sample["greedy"] for sample in answers(plain)["samples"]]
   assert [one["text"] for one in result["completions"]] == expected
-  assert result["step"] == 6
+  assert result["step"] == 24
   assert all(one["finish"] in ("length", "end_of_text") for one in result["completions"])
 
 
@@ -50,10 +48,9 @@ def test_tables_on_the_host_and_in_a_file_say_the_same(run, say, tmp_path):
   device = answers(say(*asked))
   file = ("--placement", "file", "--table", path)
   for place in (
-    ("--placement", "host", "--deadline", 60),
     ("--placement", "host", "--table", path),
     file,
-    ("--placement", "host", "--device_cache_rows", 50),
+    ("--placement", "host", "--deadline", 60, "--device_cache_rows", 50),
     (*file, "--device_cache_rows", 50, "--host_cache_mib", 1),
   ):
     other = answers(say(*asked, *place))

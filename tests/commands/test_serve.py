@@ -19,10 +19,9 @@ NAMED = [{"name": "x", "template": "1"}, {"name": "default", "template": "2"}]
 SIZES = ("--slots", 2, "--capacity", 64, "--chunk", 16)
 
 
-@pytest.fixture(scope="module")
-def run(lab):
-  assert lab.training(lab.folder, "--train.steps", 6).code == 0
-  return lab.folder / "t"
+@pytest.fixture
+def run(trained):
+  return trained
 
 
 def test_a_process_serves_what_generate_says_and_ends_when_told(lab, run):
@@ -56,7 +55,7 @@ def wait_for_address(server):
   lines = []
   for line in server.stderr:
     lines.append(line)
-    if found := re.search(r"serving t, step 6: (http://127\.0\.0\.1:\d+/)", line):
+    if found := re.search(r"serving t, step 24: (http://127\.0\.0\.1:\d+/)", line):
       return found[1]
   pytest.fail("".join(lines))
 
