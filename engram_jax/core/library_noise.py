@@ -9,8 +9,11 @@ import functools
 import logging
 import sys
 import traceback
+import warnings
 
 _FROM = "orbax"  # in the name of what failed, or of the file that says so
+
+_NEVER_AWAITED = "async_serialize"  # Orbax's writes that were to follow the one that failed
 
 
 @functools.cache  # once in a process, and for good: the last messages come when it ends
@@ -18,6 +21,7 @@ def quiet_failed_saves() -> None:
   """From now on Orbax's tracebacks of failed saves are not shown."""
   for name in ("absl", "asyncio"):
     logging.getLogger(name).addFilter(_is_not_from_orbax)
+  warnings.filterwarnings("ignore", f"coroutine '{_NEVER_AWAITED}", RuntimeWarning)
   before = sys.unraisablehook
 
   def hook(unraisable: "sys.UnraisableHookArgs") -> None:
