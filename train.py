@@ -133,7 +133,7 @@ def train_run(cfg: Config, stop: StopRequest) -> int:
       )
     )
     saves = PeriodicSaves(checkpoints, train.failed_saves_limit, log)
-    divergence = Divergence(setup, log)
+    divergence = Divergence(setup, run.path, log)
     local_examples = process_indices(batch_sharding(mesh), train.batch_size)
     batches = stack.enter_context(contextlib.closing(training.iterate(start, local_examples)))
     batches = tables.prefetch(state.tables, batches)

@@ -1,6 +1,7 @@
 """Watching the numbers of a run: what was not finite and where, spikes, and when to give up."""
 
 import collections
+import pathlib
 import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,14 +28,14 @@ def gradient_names(setup: TrainSetup) -> list[str]:
 class Divergence:
   """A watch over each step's metrics; all processes come to the same answer."""
 
-  def __init__(self, setup: TrainSetup, report: Callable[[str], None]):
-    """Watches a run from its first step, or from where it resumes.
+  def __init__(self, setup: TrainSetup, run: pathlib.Path, report: Callable[[str], None]):
+    """Watches a run, whose folder is `run`, from its first step, or from where it resumes.
 
     report: is told of spikes, and of the first step of each streak that is not finite, in a line.
     """
     self._names, self._report = gradient_names(setup), report
     self._limit = setup.config.train.nonfinite_limit
-    self._setup = setup
+    self._run = run
     self._before = {name: collections.deque[float](maxlen=WINDOW) for name in ("loss", "grad_norm")}
 
   def check(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
@@ -54,7 +55,7 @@ class Divergence:
         f"{streak} steps in a row had a loss or gradient that is not finite "
         f"(train.nonfinite_limit={self._limit}), the last of them {where}. Parameters are as they "
         f"were after step {step - streak}, the last before them; start another run from them: "
-        f"--run.name NAME --train.init_from {self._setup.config.run.directory}, with a lower "
+        f"--run.name NAME --train.init_from {self._run}, with a lower "
         "--train.optimizer.learning_rate"
       )
     if streak == 1:

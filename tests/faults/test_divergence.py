@@ -41,7 +41,6 @@ def poisoned(lab, monkeypatch):
       def run(state, batch):
         if int(state.step) + 1 not in bad:
           return step(state, batch)
-        leaf = state.params["final_norm"]["g_norm"] if "final_norm" in state.params else None
         path, leaf = smallest(state.params)
         changed = put(state.params, path, leaf * jnp.nan)
         after, metrics = step(state._replace(params=changed), batch)
@@ -69,7 +68,7 @@ def put(params, path, value):
 
 
 def test_a_streak_names_its_batch_and_leaf_and_keeps_the_last_step_before_it(
-  lab, tmp_path, poisoned
+  lab, tmp_path, poisoned, monkeypatch
 ):
   """Saves inside the streak would push the last sound step out: they are not made."""
   poisoned(set(range(9, 25)))
@@ -84,10 +83,12 @@ def test_a_streak_names_its_batch_and_leaf_and_keeps_the_last_step_before_it(
   assert "10 steps in a row" in said
   assert "step 18 (batch 17)" in said
   assert "after step 8" in said
-  advice = ("--run.name", "u", "--train.init_from", run, "--train.steps", 9)
   assert f"--train.init_from {run}" in said
-  again = lab.training(tmp_path, *advice, "--train.init_from", run)
-  del again
+  monkeypatch.undo()
+  rate = ("--train.optimizer.learning_rate", 1e-4, "--train.steps", 6)
+  again = lab.training(tmp_path, "--run.name", "u", "--train.init_from", run, *rate)
+  assert again.code == 0, again.err
+  assert f"weights of {run}, step 8" in again.err
 
 
 def test_a_short_streak_is_passed_over(lab, tmp_path, poisoned):
@@ -158,7 +159,7 @@ def metrics(loss: float, norm: float = 1.0, streak: int = 0, leaf: int = -1) -> 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_a_spike_is_said_with_its_batch(setup, name, times):
   said: list[str] = []
-  watch = Divergence(setup, said.append)
+  watch = Divergence(setup, pathlib.Path("runs/t"), said.append)
   usual = {"loss": 4.0, "grad_norm": 0.5}
   for step in range(1, 21):
     watch.check(step, metrics(usual["loss"], usual["grad_norm"]))
