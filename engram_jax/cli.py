@@ -5,6 +5,7 @@ dicts, so that every check and message is config's own.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -91,11 +92,15 @@ def run_command(main: Callable[[], int | None]) -> None:
   except EngramError as error:
     watchdog.settle(error)
     message, code = str(error), error.exit_code
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
   except BrokenPipeError:  # the reader of our output has closed it (`| head`)
     code = 0
     sys.stderr.close()
-  except (Exception, KeyboardInterrupt) as error:
+  except KeyboardInterrupt as error:
+    watchdog.settle(error)
+    print("stopped by Ctrl-C", file=sys.stderr)
+    code = 128 + signal.SIGINT
+  except Exception as error:
     watchdog.settle(error)
     raise
   if code not in (0, EXIT_STOPPED):

@@ -49,9 +49,7 @@ def test_it_is_read_once_and_again_where_a_file_looks_changed(split, monkeypatch
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"sha256": 5, "files": {}}', '{"sha256": ""}'])
 def test_a_damaged_digest_is_told(split, content):
   (split / module.NAME).write_text(content)
-  with pytest.raises(
-    StorageError, match=r"digest.json is damaged; delete \S+corpus and it"
-  ):
+  with pytest.raises(StorageError, match=r"digest.json is damaged; delete \S+corpus and it"):
     split_digest(split)
 
 
