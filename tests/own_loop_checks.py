@@ -23,19 +23,12 @@ PATH = pathlib.Path(__file__).parents[1] / "docs" / "own_loop.py"
 ADAM = (1e-2, 0.9, 0.95, 1e-3)  # an eps that no rounding of a small gradient shows through
 
 
-def load(**changes: object) -> ModuleType:
-  """docs/own_loop.py as a module; changes: globals that differ."""
+def load() -> ModuleType:
+  """docs/own_loop.py as a module."""
   spec = importlib.util.spec_from_file_location("own_loop", PATH)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  vars(module).update(changes)
   return module
-
-
-def load_smaller() -> ModuleType:
-  """With half the blocks, which take half as long to compile, and a memory in each."""
-  memory = load().MEMORY.model_copy(update={"layers": (0, 1)})
-  return load(LAYERS=2, MEMORY=memory)
 
 
 def check(loop: ModuleType, mesh: Mesh) -> None:

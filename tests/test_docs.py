@@ -307,6 +307,7 @@ def check_pytest(options: list[str]) -> None:
   parser.add_argument("-m", dest="marker")
   parser.add_argument("-k", dest="keywords", default="")
   parser.add_argument("-n", type=int)
+  parser.add_argument("-s", action="store_true")
   parser.add_argument("--dist", choices=["loadfile"])
   parser.add_argument("paths", nargs="*", default=["tests"])
   own = parser.parse_args(options)
@@ -388,7 +389,7 @@ def test_the_own_loop_page_names_the_mesh_that_is_tested():
 
 def test_the_own_loop_page_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  code, loop = own_loop_part("placement="), vars(own_loop_checks.load_smaller())
+  code, loop = own_loop_part("placement="), vars(own_loop_checks.load())
   exec(compile(code, OWN_LOOP, "exec"), loop)
   first = loop["loss"]
   exec(compile(code, OWN_LOOP, "exec"), loop)

@@ -1,6 +1,6 @@
 """A run that is killed, stopped, starved of disk and damaged at random ends as an undisturbed one.
 
-    SOAK_MINUTES=30 python -m pytest -m slow tests/faults/test_soak.py -s
+    SOAK_MINUTES=5 python -m pytest -m slow tests/faults/test_soak.py -s
 
 Each start of the same command meets one fault, drawn from a seed. Afterwards a start without any
 ends the run. Its losses are those of the undisturbed run at every step, apart from lines that a
@@ -22,7 +22,7 @@ import pytest
 import engram_jax
 
 ROOT = pathlib.Path(engram_jax.__file__).parents[1]
-MINUTES = float(os.environ.get("SOAK_MINUTES", "5"))
+MINUTES = float(os.environ.get("SOAK_MINUTES", "30"))
 STEPS = 4_000
 OPTIONS = ("--train.checkpoint_every", 20, "--train.eval_every", 1_000, "--train.log_every", 1)
 SIZE_LIMIT = 4096  # bytes of a file, in place of a full disk
