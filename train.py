@@ -28,10 +28,10 @@ from engram_jax.core.mesh import (
   process_indices,
   to_global,
 )
-from engram_jax.core.metrics import NAME as METRICS
-from engram_jax.core.metrics import MetricsWriter, last_step
+from engram_jax.core.metrics import MetricsWriter
 from engram_jax.core.periodic_saves import PeriodicSaves
 from engram_jax.core.profiling import TraceWindow, matmul_peak
+from engram_jax.core.resume import find_start
 from engram_jax.core.run_directory import (
   CHECKPOINTS,
   PROFILE,
@@ -40,7 +40,6 @@ from engram_jax.core.run_directory import (
   check_config,
 )
 from engram_jax.core.signals import StopRequest
-from engram_jax.core.step_folders import NoUsableCheckpoint
 from engram_jax.data.pipeline import PreparedData, prepare
 from engram_jax.errors import EXIT_STOPPED
 from engram_jax.memory.vocabulary import check_fingerprint, check_tokenizer_file
@@ -62,7 +61,6 @@ from engram_jax.training.step import NONFINITE_LEAF, make_train_step
 from engram_jax.training.warm_start import find_warm_start
 
 METRICS_SUMMARY = "metrics"  # in a checkpoint's meta: what metrics.jsonl held when it was saved
-NEWEST = f"{CHECKPOINTS}.json"
 NOT_LOGGED = ("stop", NONFINITE_LEAF)
 
 
@@ -107,7 +105,7 @@ def train_run(cfg: Config, stop: StopRequest) -> int:
 
     # --- a new run, or the newest checkpoint of an existing one -----------------------------
     check_tokenizer_file(run.path / TOKENIZER, data.vocabulary.tokenizer_digest)
-    start = find_start(cfg, run, checkpoints)
+    start = find_start(cfg, run, checkpoints, log)
     meta = checkpoints.meta(start) if start is not None else {}
     if meta:
       check_fingerprint(meta, fingerprint, str(run.path))
@@ -258,35 +256,6 @@ def report(step: int, values: dict[str, float], bar: tqdm) -> None:
     log(f"step {step}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
   else:
     bar.set_postfix(shown)
-
-
-def find_start(cfg: Config, run: RunDirectory, checkpoints: Checkpoints) -> int | None:
-  """The step to resume from; None for a new run, and for one that is to begin again.
-
-  Raises StorageError where steps were saved and none can be used.
-  """
-  if not run.is_existing:
-    return None
-  try:
-    start = checkpoints.newest_valid(log)
-    if start is None:
-      # Runs of before checkpoints.json. A save is waited for by the next, so one was completed.
-      reached = distributed.on_main(lambda: last_step(run.path))
-      if reached >= 2 * cfg.train.checkpoint_every:
-        raise NoUsableCheckpoint(
-          f"{run.path / CHECKPOINTS} holds no checkpoint, though {METRICS} goes to step {reached}"
-        )
-    return start
-  except NoUsableCheckpoint as error:
-    if not cfg.run.start_over:
-      raise NoUsableCheckpoint(
-        f"{error}. Nothing was changed: make the files whole or readable again, or begin again at "
-        "step 0 with --run.start_over True, which moves what is there aside"
-      ) from None
-    log(f"{error}")
-    aside = run.set_aside((CHECKPOINTS, NEWEST, METRICS, "tensorboard"))
-    log(f"beginning again at step 0; what was there is in {aside}")
-    return None
 
 
 def is_hurried(stop: StopRequest, last: bool) -> bool:

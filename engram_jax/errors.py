@@ -37,6 +37,10 @@ class StorageError(EngramError):
   exit_code = 5
 
 
+class NoUsableCheckpoint(StorageError):
+  """A run of which steps were saved, and none can be used."""
+
+
 class LostProcessError(EngramError):
   """Another process of the run has died, is stopped, or cannot be reached."""
 

@@ -29,9 +29,15 @@ from engram_jax.config import DistributedConfig
 from engram_jax.core import watchdog
 from engram_jax.core.rendezvous import rendezvous
 from engram_jax.core.watchdog import keep_stacks_in as keep_stacks_in
-from engram_jax.errors import ConfigError, DataError, StorageError
+from engram_jax.errors import ConfigError, DataError, NoUsableCheckpoint, StorageError
 
-_SHARED_ERRORS = (ConfigError, DataError, StorageError, ValueError)  # raised alike in every process
+_SHARED_ERRORS = (
+  ConfigError,
+  DataError,
+  NoUsableCheckpoint,
+  StorageError,
+  ValueError,
+)  # raised alike in every process
 _MIN_SECONDS = 10  # for JAX's own start, once every process is known to be there
 
 

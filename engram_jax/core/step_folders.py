@@ -20,7 +20,7 @@ from engram_jax.config.bounded import read_bounded
 from engram_jax.core import manifest
 from engram_jax.core.manifest import ManifestError, Problem
 from engram_jax.core.saved_arrays import as_storage_error
-from engram_jax.errors import StorageError
+from engram_jax.errors import NoUsableCheckpoint, StorageError
 
 UNFINISHED = ".unfinished"  # being written
 REMOVED = ".removed"  # being deleted
@@ -28,10 +28,6 @@ FOREIGN = ".not-a-checkpoint"  # a file that had a step's name
 UNSOUND = "unsound"  # in meta: true where the step lies in a streak of steps that were not finite
 _COMMITTED = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(rf"step_\d{{8,}}({UNFINISHED}|{REMOVED})".replace(".", r"\."))
-
-
-class NoUsableCheckpoint(StorageError):
-  """Steps were saved, and none of them can be used."""
 
 
 class StepFolders:

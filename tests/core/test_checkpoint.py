@@ -23,8 +23,7 @@ from hypothesis import strategies as st
 import engram_jax
 from engram_jax.core import manifest
 from engram_jax.core.checkpoint import Checkpoints
-from engram_jax.core.step_folders import NoUsableCheckpoint
-from engram_jax.errors import StorageError
+from engram_jax.errors import NoUsableCheckpoint, StorageError
 
 ROOT = pathlib.Path(engram_jax.__file__).parents[1]
 

@@ -3,11 +3,11 @@
 import golden_steps
 import pytest
 
-OTHERS = ("adam", "adam_catch_up", "adagrad")  # Adam's steps on eight devices are in test_step.py
+OTHERS = ("adam_catch_up", "adagrad")
 SLOW = [pytest.param(t, marks=pytest.mark.slow) for t in OTHERS]
 
 
-@pytest.mark.parametrize("table", ["sinkhorn", *SLOW])
+@pytest.mark.parametrize("table", ["adam", "sinkhorn", *SLOW])
 def test_first_steps(table):
   found = golden_steps.run(table, "eight")
   golden_steps.assert_close(found, golden_steps.golden(table, "eight"))

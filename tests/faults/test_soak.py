@@ -1,6 +1,6 @@
 """A run that is killed, stopped, starved of disk and damaged at random ends as an undisturbed one.
 
-    SOAK_MINUTES=5 python -m pytest -m slow tests/faults/test_soak.py -s
+    SOAK_MINUTES=5 KILLS=20 python -m pytest -m slow tests/faults/test_soak.py -s
 
 Each start of the same command meets one fault, drawn from a seed. Afterwards a start without any
 ends the run. Its losses are those of the undisturbed run at every step, apart from lines that a
@@ -23,7 +23,9 @@ import engram_jax
 
 ROOT = pathlib.Path(engram_jax.__file__).parents[1]
 MINUTES = float(os.environ.get("SOAK_MINUTES", "30"))
-STEPS = 4_000
+KILLS = int(os.environ.get("KILLS", "300"))
+FAULTS = ("kill", "kill", "stop", "twice", "full", "flip")
+STEPS = 100_000
 OPTIONS = ("--train.checkpoint_every", 20, "--train.eval_every", 1_000, "--train.log_every", 1)
 SIZE_LIMIT = 4096  # bytes of a file, in place of a full disk
 
@@ -54,9 +56,9 @@ class Soak:
     process.wait(timeout=120)
     return self.err.read_text()
 
-  def fault(self) -> None:
-    """One start with one fault; the run is resumable after it."""
-    kind = self.rng.choice(["kill", "kill", "stop", "twice", "full", "flip"])
+  def fault(self, kinds: tuple[str, ...], longest: float) -> None:
+    """One start with one fault within `longest` seconds; the run is resumable after it."""
+    kind = self.rng.choice(kinds)
     self.starts[kind] = self.starts.get(kind, 0) + 1
     if kind == "flip":
       self.flip()
@@ -65,7 +67,7 @@ class Soak:
     begin = self.reached()
     while process.poll() is None and "mesh: " not in self.err.read_text():
       time.sleep(0.1)  # Python's own Ctrl-C while it imports is no fault of a run
-    first, patience = time.monotonic(), self.rng.uniform(0, 20)
+    first, patience = time.monotonic(), self.rng.uniform(0, longest)
     while process.poll() is None and time.monotonic() - first < patience:
       time.sleep(0.1)
     self.peaks.append(peak_memory(process.pid))
@@ -92,6 +94,11 @@ class Soak:
       content = bytearray(path.read_bytes())
       content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
       path.write_bytes(content)
+
+  def committed(self) -> int:
+    """The newest step that is saved."""
+    steps = (self.run / "checkpoints").glob("step_????????")
+    return max((int(path.name[5:]) for path in steps), default=0)
 
   def reached(self) -> int:
     return max(losses(self.run), default=0)
@@ -120,9 +127,26 @@ def test_a_run_under_random_faults_ends_as_an_undisturbed_one(lab, tmp_path):
   soak = Soak(lab, tmp_path / "soak", seed=0)
   deadline = time.monotonic() + 60 * MINUTES
   while time.monotonic() < deadline and soak.reached() < STEPS - 100:
-    soak.fault()
+    soak.fault(FAULTS, longest=20)
+  compare(lab, soak, tmp_path)
+
+
+@pytest.mark.slow
+def test_kills_lose_nothing(lab, tmp_path):
+  """With programs compiled before, most kills come while steps are made and saved."""
+  begin, kills = time.monotonic(), Soak(lab, tmp_path / "kills", seed=1)
+  while kills.starts.get("kill", 0) < KILLS and kills.reached() < STEPS - 100:
+    before = kills.committed()
+    kills.fault(("kill",), longest=4)
+    assert kills.committed() >= before
+  print(f"\n{time.monotonic() - begin:.0f} seconds")
+  compare(lab, kills, tmp_path)
+
+
+def compare(lab, soak: Soak, folder: pathlib.Path) -> None:
+  """Ends the run without faults, some steps on, and compares it with an undisturbed one."""
   reached = soak.reached()
-  whole = Soak(lab, tmp_path / "whole", seed=0)
+  whole = Soak(lab, folder / "whole", seed=0)
   for run in (soak, whole):  # to a step that both can have within minutes
     process = run.start()
     while process.poll() is None and run.reached() < reached + 50:

@@ -10,7 +10,8 @@ from engram_jax.core import manifest
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.tables.saved_run import load_run
 
-QUICK = ("--train.steps", 2, "--train.sample_tokens", 0)
+QUICK = ("--train.steps", 2, "--train.sample_tokens", 0, "--model.residual.branches", 1)
+STILL = ("--train.optimizer.learning_rate", 1e-30, "--model.moe.bias_step", 0)  # nothing is learned
 
 
 def saved(run, step):
@@ -32,9 +33,9 @@ def without(lab):
 @pytest.fixture(scope="module")
 def still(lab, without):
   """A run with a memory that started from it and learned nothing."""
-  words = ("--run.name", "still", "--train.init_from", without, *QUICK)
-  rates = ("--train.optimizer.learning_rate", 1e-30, "--model.moe.bias_step", 0)
-  done = lab.training(lab.folder, *words, *rates)
+  done = lab.training(
+    lab.folder, "--run.name", "still", "--train.init_from", without, *STILL, *QUICK
+  )
   assert done.code == 0, done.err
   assert f"weights of {without}, step 2" in done.err
   return lab.folder / "still"
@@ -52,9 +53,8 @@ def test_a_memory_is_added_and_everything_else_stays(without, still):
 
 def test_the_same_model_goes_on_with_its_tables(lab, still):
   """The second run's first loss is the loss that the first run's weights have."""
-  words = ("--run.name", "again", "--train.init_from", still, *QUICK)
-  rates = ("--train.optimizer.learning_rate", 1e-30, "--model.moe.bias_step", 0)
-  assert lab.training(lab.folder, *words, *rates).code == 0
+  words = ("--run.name", "again", "--train.init_from", still, *STILL, *QUICK)
+  assert lab.training(lab.folder, *words).code == 0
   old, new = saved(still, 2), saved(lab.folder / "again", 2)
   assert old.keys() == new.keys()
   for path, value in old.items():
@@ -72,14 +72,13 @@ def test_the_same_model_goes_on_with_its_tables(lab, still):
 @pytest.mark.parametrize("placement", ["host", "file"])
 def test_the_sources_tables_may_lie_anywhere_and_be_rounded(lab, still, tmp_path, placement):
   """Values that do not move stay: only the table's dtype is another."""
-  quiet = ("--train.optimizer.learning_rate", 1e-30, "--model.moe.bias_step", 0, *QUICK)
   words = ("--run.name", "there", "--train.seed", 5, "--model.engram.placement", placement)
-  assert lab.training(tmp_path, *words, *quiet).code == 0
+  assert lab.training(tmp_path, *words, *STILL, *QUICK).code == 0
   there = tmp_path / "there"
   words = ("--run.name", "here", "--train.init_from", there)
   words += ("--model.engram.table_dtype", "bfloat16")
   for _ in range(2):  # it can be resumed: its state has the dtypes that its config says
-    done = lab.training(tmp_path, *words, *quiet)
+    done = lab.training(tmp_path, *words, *STILL, *QUICK)
     assert done.code == 0, done.err
   assert "is finished" in done.err
   old, new = saved(there, 2), saved(tmp_path / "here", 2)
@@ -92,7 +91,7 @@ def test_the_sources_tables_may_lie_anywhere_and_be_rounded(lab, still, tmp_path
 
 
 def test_rounding_is_said(lab, still, tmp_path):
-  words = ("--train.init_from", still, "--model.engram.table_dtype", "bfloat16", *QUICK)
+  words = ("--train.init_from", still, "--model.engram.table_dtype", "bfloat16", *STILL, *QUICK)
   done = lab.training(tmp_path, *words)
   assert done.code == 0, done.err
   assert "tables of float32 become bfloat16" in done.err
@@ -100,7 +99,7 @@ def test_rounding_is_said(lab, still, tmp_path):
 
 def test_a_run_that_goes_on_reads_its_own_checkpoint(lab, without, tmp_path):
   """The source may be gone by then."""
-  words = ("--run.name", "resumed", "--train.init_from", without, *QUICK)
+  words = ("--run.name", "resumed", "--train.init_from", without, *STILL, *QUICK)
   assert lab.training(tmp_path, *words).code == 0
   moved = without.rename(without.with_name("gone"))
   try:
