@@ -31,13 +31,8 @@ from engram_jax.core.rendezvous import rendezvous
 from engram_jax.core.watchdog import keep_stacks_in as keep_stacks_in
 from engram_jax.errors import ConfigError, DataError, NoUsableCheckpoint, StorageError
 
-_SHARED_ERRORS = (
-  ConfigError,
-  DataError,
-  NoUsableCheckpoint,
-  StorageError,
-  ValueError,
-)  # raised alike in every process
+# Raised alike in every process; a kind stands before one that it is of.
+_SHARED_ERRORS = (ConfigError, DataError, NoUsableCheckpoint, StorageError, ValueError)
 _MIN_SECONDS = 10  # for JAX's own start, once every process is known to be there
 
 
