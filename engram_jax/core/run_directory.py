@@ -37,11 +37,19 @@ def check_config(cfg: Config) -> bool:
   """Says whether the run exists already.
 
   Raises ConfigError if its folder holds another config or other files, or another process is
-  training in it.
+  training in it; StorageError where it cannot be read.
 
   It only reads: a refused command has written nothing.
   """
-  return on_main(lambda: _check_unused(cfg) or _check_config(cfg))
+  return on_main(lambda: _check_readable(cfg))
+
+
+def _check_readable(cfg: Config) -> bool:
+  try:
+    _check_unused(cfg)
+    return _check_config(cfg)
+  except OSError as error:
+    raise StorageError(f"run folder {cfg.run.directory} cannot be read: {error}") from None
 
 
 def _check_unused(cfg: Config) -> None:

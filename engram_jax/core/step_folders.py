@@ -94,7 +94,12 @@ class StepFolders:
     Raises NoUsableCheckpoint, which names the steps, where all that were saved are damaged, missing
     or cannot be read.
     """
-    steps, saved, problems = self.steps(), self.newest_saved(), []
+    saved, problems = self.newest_saved(), []
+    try:
+      steps = self.steps()
+    except StorageError as error:
+      known = "" if saved is None else f", which held step {saved}"
+      raise NoUsableCheckpoint(f"{error}{known}") from None
     if saved is not None and saved not in steps and (not steps or steps[-1] < saved):
       missing = self.path(saved) if self.directory.is_dir() else self.directory
       problems.append((saved, Problem("missing", f"{missing} is missing")))

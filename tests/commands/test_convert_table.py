@@ -67,7 +67,7 @@ def run(request, built, tmp_path_factory):
   with Checkpoints(cfg.run.directory / "checkpoints", keep=2) as checkpoints:
     for step, (tables, moments) in states.items():
       state = {"tables": tables, "row_optimizers": moments}
-      checkpoints.save(step, state, vocabulary.fingerprint("1" * 64))
+      checkpoints.save(step, state, vocabulary.fingerprint("1" * 64, "2" * 64))
   tables, moments = states[STEP]
   flushed = [optimizer.flush(t, s)[0] for t, s in zip(tables, moments, strict=True)]
   without_pad_rows = lambda tables: [

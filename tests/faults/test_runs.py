@@ -116,6 +116,17 @@ def remove_manifests(run: pathlib.Path, _) -> None:
     path.unlink()
 
 
+def forbid_folder(run: pathlib.Path, monkeypatch) -> None:
+  listing = pathlib.Path.iterdir
+
+  def refuse(path):
+    if path == run / "checkpoints":
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    return listing(path)
+
+  monkeypatch.setattr(pathlib.Path, "iterdir", refuse)
+
+
 BOTH = ("step 24: ", "step 16: ")
 
 
@@ -126,6 +137,7 @@ BOTH = ("step 24: ", "step 16: ")
     (remove_manifests, ("(missing)", *BOTH, "the checkpoint was never completed")),
     (remove_checkpoints, ("(missing)", "step 24: ", "checkpoints is missing")),
     (empty_checkpoints, ("(missing)", "step 24: ", "step_00000024 is missing")),
+    (forbid_folder, ("Permission denied", "which held step 24")),
     (forbid_manifests, ("(unreadable)", "step 24: ", "Permission denied")),
   ],
 )
@@ -142,6 +154,22 @@ def test_a_run_without_a_usable_checkpoint_ends_with_5_and_touches_nothing(
     assert word in said
   assert "--run.start_over True" in said
   assert files(run) == before
+
+
+def test_a_run_folder_that_may_not_be_read_is_a_storage_error(lab, run, monkeypatch):
+  stating = os.stat
+
+  def refuse(path, **options):
+    if str(path).startswith(str(run)):
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    return stating(path, **options)
+
+  monkeypatch.setattr(os, "stat", refuse)
+  done = lab.training(run.parent)
+  monkeypatch.undo()
+  assert done.code == 5, done.err
+  assert done.err.startswith(f"error: run folder {run} cannot be read: ")
+  assert "Permission denied" in done.err
 
 
 def test_a_run_of_before_checkpoints_json_whose_folder_is_gone_does_not_start_over(lab, run):
