@@ -181,9 +181,11 @@ def test_a_block_is_compared_when_it_is_first_read(tables, tmp_path, monkeypatch
     assert compared == [0, 1, 0, 1]
     compared.clear()
     ids = np.arange(store.rows[0])
-    for _ in range(2):
-      store.fetch_layer(1, ids)
-    assert sorted(compared) == list(range(2, -(-264 * len(ids) // BLOCK)))
+    store.fetch_layer(1, ids)
+    assert set(compared) == set(range(2, -(-264 * len(ids) // BLOCK)))  # some by two threads
+    compared.clear()
+    store.fetch_layer(1, ids)
+    assert compared == []
 
 
 def test_threads_that_share_a_damaged_block_all_fail(tables, tmp_path):
