@@ -103,6 +103,9 @@ def train_run(cfg: Config, stop: StopRequest) -> int:
       )
     )
 
+    if not train.verify_checkpoints:
+      log("checkpoints are used without a look at their digests: train.verify_checkpoints=False")
+
     # --- a new run, or the newest checkpoint of an existing one -----------------------------
     check_tokenizer_file(run.path / TOKENIZER, data.vocabulary.tokenizer_digest)
     start = find_start(cfg, run, checkpoints, log)

@@ -241,7 +241,7 @@ class RunConfig(Frozen):
   """Everything a run writes is under root/name."""
   tensorboard: bool = True
   start_over: bool = False
-  """Where none of the run's checkpoints can be used: move what is there aside, begin at step 0."""
+  """Begin again at step 0 where no checkpoint of the run can be used; what is there moves aside."""
   log_level: Literal["info", "debug"] = "info"
 
   @property

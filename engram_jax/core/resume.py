@@ -1,4 +1,4 @@
-"""Where a run goes on: its newest sound step, or step 0 where that is wanted by name."""
+"""The step at which a run goes on: its newest sound one, or 0 where that is wanted by name."""
 
 from collections.abc import Callable
 

@@ -12,9 +12,6 @@ however writes a byte for each signal at once (`signal.set_wakeup_fd`): a thread
 in words, and ends the process where it must not wait.
 """
 
-import contextlib
-import multiprocessing
-import os
 import signal
 import socket
 import sys
@@ -23,6 +20,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from engram_jax.core.leave import leave_at_once
 from engram_jax.errors import EXIT_STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -49,7 +47,7 @@ class StopRequest:
     self,
     has_work: bool = True,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
-    end: Callable[[int], None] = os._exit,
+    end: Callable[[int], None] = leave_at_once,
   ) -> None:
     """Makes the context.
 
@@ -94,7 +92,7 @@ class StopRequest:
     if self._is_ending and kind is SystemExit:
       # XLA lets the main thread go while it compiles, and its threads do not survive the end of
       # the interpreter: a segmentation fault.
-      self._end_process(EXIT_STOPPED)
+      self._end(EXIT_STOPPED)
 
   def _handle(self, number: int, _: types.FrameType | None) -> None:
     """Runs in the main thread, perhaps long after the signal."""
@@ -116,7 +114,7 @@ class StopRequest:
   def _answer_one(self, number: signal.Signals, count: int) -> None:
     if count > 1:
       self._say(f"{number.name}: a second signal, ending at once")
-      self._end_process(128 + number)
+      self._end(128 + number)
       return
     self.signal_name = number.name
     if self.has_work:
@@ -124,15 +122,6 @@ class StopRequest:
       return
     self._say(f"{number.name}: stopping; there is nothing to save yet")
     # The main thread leaves by itself, unless it compiles.
-    self._timer = threading.Timer(GRACE_SECONDS, self._end_process, (EXIT_STOPPED,))
+    self._timer = threading.Timer(GRACE_SECONDS, self._end, (EXIT_STOPPED,))
     self._timer.daemon = True
     self._timer.start()
-
-  def _end_process(self, code: int) -> None:
-    for child in multiprocessing.active_children():  # workers, which would outlive this process
-      with contextlib.suppress(OSError):
-        child.terminate()
-    for stream in (sys.stdout, sys.stderr):
-      with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-        stream.flush()
-    self._end(code)

@@ -26,7 +26,6 @@ import contextlib
 import ctypes
 import faulthandler
 import json
-import multiprocessing
 import os
 import pathlib
 import re
@@ -37,6 +36,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from engram_jax.core.leave import leave_at_once
 from engram_jax.errors import LostProcessError
 
 _KEYS = "engram_jax/watch"
@@ -129,6 +129,7 @@ class _Watch:
         if self._closing.is_set() or self._process == 0:
           return
         self._lose_service()
+        continue  # it answers after all
       self._answered.set()
       if verdicts and self._verdict is None:
         self._obey(json.loads(verdicts[0]))
@@ -191,7 +192,7 @@ class _Watch:
     self._leaving.set()
     self._publish({"failed": [self._process], "why": message})
     self._farewell([])
-    _exit(code)
+    leave_at_once(code)
 
   def close(self, shutdown: Callable[[], None]) -> None:
     if error := getattr(sys, "last_value", None):  # a traceback: nobody waits for the others
@@ -213,7 +214,7 @@ class _Watch:
       print(f"error: {error}", file=sys.stderr, flush=True)
     if 0 not in lost:
       self._farewell(lost)
-    _exit(error.exit_code)
+    leave_at_once(error.exit_code)
 
   def _message(self, verdict: dict[str, Any], stacks: str) -> str:
     lost = "lost" in verdict
@@ -311,12 +312,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _first_line(error: BaseException) -> str:
   return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-def _exit(code: int) -> None:
-  for child in multiprocessing.active_children():  # such as workers that read ahead
-    child.terminate()
-  for stream in (sys.stdout, sys.stderr):
-    with contextlib.suppress(Exception):
-      stream.flush()
-  os._exit(code)

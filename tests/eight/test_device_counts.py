@@ -242,7 +242,7 @@ def test_every_pair(saved, kind, dtype, source, target):
 
 
 def test_three_devices_have_more_pad_rows_than_others():
-  """What makes these pairs worth testing; and parameters that three devices do divide."""
+  """Three devices pad a table further than others do, and divide some of the parameters."""
   three, eight = (setup_on(place, *KINDS[0]) for place in ("3", "8"))
   for n, rows in three.tables.row_counts.items():
     assert three.tables.shapes.tables[n].shape[0] == 3072 > rows

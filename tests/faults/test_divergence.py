@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from engram_jax.config import load_config
 from engram_jax.errors import NonFiniteError
 from engram_jax.training import divergence
 from engram_jax.training.divergence import SPIKE, Divergence, require_finite
-from engram_jax.training.state import make_setup
+from engram_jax.training.state import init_state, make_setup
 from engram_jax.training.step import NONFINITE_LEAF
 
 
@@ -108,9 +109,8 @@ def test_a_stop_inside_a_streak_saves_and_keeps_the_sound_step(
   def stop(self, number, values):
     write(self, number, values)
     if number == 10:
-      lab.train.signal_self()
+      signal.raise_signal(signal.SIGTERM)
 
-  monkeypatch.setattr(lab.train, "signal_self", raise_sigterm, raising=False)
   monkeypatch.setattr(lab.train.MetricsWriter, "write", stop)
   done = lab.training(tmp_path, "--train.keep_checkpoints", 1)
   assert done.code == 75, done.err
@@ -118,12 +118,6 @@ def test_a_stop_inside_a_streak_saves_and_keeps_the_sound_step(
   assert steps(run) == ["step_00000008", "step_00000010"]
   assert sound(run, "step_00000008")
   assert not sound(run, "step_00000010")
-
-
-def raise_sigterm() -> None:
-  import signal
-
-  signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_validation_loss_that_is_not_finite_ends_with_4_and_is_not_saved(
@@ -174,8 +168,6 @@ def test_a_spike_is_said_with_its_batch(setup, name, times):
 
 
 def test_the_state_s_own_leaves_are_named(lab):
-  from engram_jax.training.state import init_state
-
   setup = make_setup(load_config(lab.config, {"model.engram.layers": []}))
   state = init_state(setup)
   require_finite(3, 5.0, state)

@@ -82,7 +82,7 @@ def damage(rng: np.random.Generator, folder: pathlib.Path) -> tuple[str, set[str
 
 
 def imported(folder: pathlib.Path, run: pathlib.Path) -> str:
-  """What became of an import: "raised" if it was refused as it must be, or "used"."""
+  """The outcome of importing a folder: "raised" if it was refused as it must be, or "used"."""
   try:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
       convert.main(["import", "--from", str(folder), "--run", str(run)])
@@ -123,6 +123,16 @@ def test_no_damaged_export_is_imported(exported, tmp_path):
 @pytest.mark.slow
 def test_none_of_a_thousand_damaged_exports_is_imported(exported, tmp_path):
   damage_all(exported, tmp_path / "copies", 1000)
+
+
+def readings(folder: pathlib.Path, to: pathlib.Path) -> tuple[tuple, ...]:
+  """The commands that read an exported folder, writing below `to`."""
+  return (
+    ("convert", "import", "--from", folder, "--run", to / "runs" / "t"),
+    ("convert", "memory", "--from", folder, "--to", to / "memory"),
+    ("convert", "rows", "--from", folder, "--to", to / "t.engram"),
+    ("inspect", "--checkpoint", folder),
+  )
 
 
 def test_an_export_says_the_digest_of_every_file(exported, tmp_path, command):
@@ -170,12 +180,7 @@ def shard_of(folder: pathlib.Path, tensor: str) -> str:
 def test_a_refused_export_is_one_line_and_code_5(exported, command, tmp_path, change, message):
   copy = shutil.copytree(exported, tmp_path / "copy")
   change(copy)
-  for argv in (
-    ("convert", "import", "--from", copy, "--run", tmp_path / "runs" / "t"),
-    ("convert", "memory", "--from", copy, "--to", tmp_path / "memory"),
-    ("convert", "rows", "--from", copy, "--to", tmp_path / "t.engram"),
-    ("inspect", "--checkpoint", copy),
-  ):
+  for argv in readings(copy, tmp_path):
     done = command(*argv)
     assert (done.code, done.out) == (5, "")
     assert message in done.err
@@ -222,12 +227,7 @@ def test_every_row_read_from_a_damaged_export_is_right(exported, tmp_path):
 def test_a_folder_without_digests_is_read_and_that_is_said(exported, command, tmp_path):
   copy = shutil.copytree(exported, tmp_path / "copy")
   (copy / DIGESTS).unlink()
-  for argv in (
-    ("convert", "import", "--from", copy, "--run", tmp_path / "runs" / "t"),
-    ("convert", "memory", "--from", copy, "--to", tmp_path / "memory"),
-    ("convert", "rows", "--from", copy, "--to", tmp_path / "t.engram"),
-    ("inspect", "--checkpoint", copy),
-  ):
+  for argv in readings(copy, tmp_path):
     done = command(*argv)
     assert done.code == 0, done.err
     assert done.err.startswith(f"{copy} has no SHA256SUMS: nothing is verified\n")

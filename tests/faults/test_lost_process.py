@@ -43,7 +43,7 @@ def spawn(*arguments: object, processes: int = 2) -> list[subprocess.Popen]:
 def lose(
   running: list[subprocess.Popen], victim: int, how: signal.Signals, seconds: float = 60
 ) -> list[ProcessResult]:
-  """What the others say after one was killed or stopped, which is killed when they have ended."""
+  """Sends a process a signal; returns what the others say until they end, and then kills it."""
   running[victim].send_signal(how)
   survivors = [process for process in running if process is not running[victim]]
   try:

@@ -188,7 +188,7 @@ TARGETS += [Metrics]
 
 
 def crashes(target: Target, cases: int) -> list[str]:
-  """What was raised that reading does not promise, once for each place, and the seed of it."""
+  """The errors that reading a file does not promise, one for each place, with the seed of each."""
   found: dict[str, str] = {}
   for seed in range(cases):
     try:
