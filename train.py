@@ -178,7 +178,9 @@ def train_run(cfg: Config, stop: StopRequest) -> int:
           if is_hurried(stop, last):
             log(f"step {step}: stopped before its validation loss was known")
           else:
-            values |= {f"validation/{k}": v for k, v in result.items() if k != "by_source"}
+            by_source = result.pop("by_source")
+            values |= {f"validation/{k}": v for k, v in result.items()}
+            values |= {f"validation/source/{k}": v["loss"] for k, v in by_source.items()}
             log(
               f"step {step}: validation loss {result['loss']:.4f}, perplexity "
               f"{result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte"

@@ -17,6 +17,7 @@ COMMANDS = {
   "inspect": "What a checkpoint's memory is, and the rows it holds for a text.",
   "plan": "Parameters, FLOPs and bytes of a config, without making an array.",
   "serve": "A trained run behind the OpenAI API, and a page to try it.",
+  "sweep": "Does the memory help? Controls, ablations, splits and sizes, with statistics.",
 }
 # `main()` of train.py and eval.py, which lie beside the package, or in it when it was installed.
 SCRIPTS = {

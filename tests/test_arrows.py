@@ -31,6 +31,7 @@ MAY_IMPORT = {
   "analysis": MODEL | {"model", "inference"},
   "interop": BASE | {"core", "memory"},
   "aot": MODEL | {"model", "training"},
+  "research": MODEL | {"model"},  # its runs are processes of their own
 }
 COMMANDS = set(MAY_IMPORT) - {"__init__"}
 MAY_IMPORT["commands"] = COMMANDS

@@ -130,6 +130,7 @@ def training_bytes(
   backbone = counts.all_parameters - counts.tables
   adam = 2 * 4 * width + 4
   optimizer = {"adam": adam, "adam_catch_up": adam, "adagrad": 4, "sinkhorn": size * width}
+  optimizer |= {"frozen": 0}
   per_row = {"tables": size * width, "table_optimizer": optimizer[cfg.train.optimizer.table]}
   full = {name: padded * n for name, n in per_row.items()}
   on_device = {name: touched * n for name, n in per_row.items()} if engram.on_host else full

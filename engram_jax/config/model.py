@@ -57,7 +57,15 @@ class EngramConfig(Frozen):
   """Raw id that stands before the start of a text."""
   dialect: Literal[DIALECTS] = "engram"  # ty: ignore[invalid-type-form]  # made at import
   """A file of memory/dialects."""
-  gate: Literal["signed_sqrt", "sigmoid"] = "signed_sqrt"
+  compress: bool = True
+  """Hash canonical ids; False: the tokenizer's own (the paper's ablation)."""
+  address: Literal["ngrams", "token", "one_row", "other_window"] = "ngrams"
+  """Controls of experiments, for training and losses alone: rows addressed by the token alone, one
+  row a head for every token, or the rows of another window at the same place."""
+  gate: Literal["signed_sqrt", "sigmoid", "none"] = "signed_sqrt"
+  """none: the value is added as it is, and there are no keys."""
+  projections: bool = True
+  """False: the rows themselves are the value, for gate=none and rows as wide as the model."""
   bias: bool = False
   """On the key and value projections (the demo has it, V4.1 has not)."""
   conv_kernel: Count = 4
@@ -103,6 +111,11 @@ class EngramConfig(Frozen):
       tuple(sorted(self.layers)) == self.layers,
       f"layers={list(self.layers)} must be in rising order: {sorted(self.layers)}",
     )
+    require(
+      self.projections or (self.gate == "none" and not self.bias),
+      f"projections=False leaves no keys to a gate={self.gate!r} and nothing to add a "
+      f"bias={self.bias} to: give gate=none and bias=False",
+    )
     rows = self.heads * sum(self.rows_per_head)
     require(
       rows <= MAX_ROWS,
@@ -115,6 +128,11 @@ class EngramConfig(Frozen):
   def on_host(self) -> bool:
     """Says whether there are tables, and they are not on the accelerators."""
     return bool(self.layers) and self.placement != "device"
+
+  @property
+  def is_control(self) -> bool:
+    """Says whether rows are addressed by something else than the n-grams of a text."""
+    return bool(self.layers) and self.address != "ngrams"
 
   @property
   def hash_heads(self) -> int:
@@ -241,6 +259,11 @@ class ModelConfig(Frozen):
       require(
         self.engram.pad_id < self.vocab_size,
         f"engram.pad_id={self.engram.pad_id} is outside vocab_size={self.vocab_size}",
+      )
+      require(
+        self.engram.projections or self.engram.memory_width == self.width,
+        f"engram.projections=False adds rows of {self.engram.memory_width} numbers a token (orders "
+        f"x heads x row_width) to a model of width={self.width}: they must be equal",
       )
     return self
 

@@ -38,6 +38,8 @@ class DataConfig(Frozen):
   """Fraction of documents, chosen by hash, that are validation text."""
   seed: Count = 0
   """Seed of the order of examples."""
+  shuffle_tokens: bool = False
+  """Put the tokens of each document in random order: a control of experiments."""
   cache: str | None = None
   """Folder for downloads, tokenizers, token files; default: the user's cache."""
   threads: Positive = 2
@@ -275,6 +277,12 @@ class Config(Frozen):
         self.model.vocab_size >= 260,
         f"model.vocab_size={self.model.vocab_size} cannot hold a byte-level BPE: at least 260",
       )
+    engram = self.model.engram
+    require(
+      not engram.is_control or not self.train.sample_tokens,
+      f"model.engram.address={engram.address!r} is a control, from which nothing can be sampled: "
+      f"give train.sample_tokens=0 instead of {self.train.sample_tokens}",
+    )
     self._check_placement()
     return self
 

@@ -243,13 +243,23 @@ def _build(
   check_split(int((~held_out).sum()), int(held_out.sum()), cfg)
   log(f"tokenised {len(keys):,} documents: {sum(lengths):,} tokens")
   order = np.argsort(np.array(keys, np.uint64), kind="stable")
-  tokens = np.memmap(raw, dtype, mode="r")
+  tokens = np.memmap(raw, dtype, mode="r+")
+  if cfg.shuffle_tokens:
+    _shuffle(tokens, lengths, keys)
   for split, in_split in zip(SPLITS, (~held_out, held_out), strict=True):
     _write_split(part / split, order[in_split[order]], tokens, lengths, source_ids)
     split_digest(part / split)
   (part / "meta.json").write_text(json.dumps({"sources": list(names)}))
   del tokens
   raw.unlink()
+
+
+def _shuffle(tokens: np.ndarray, lengths: list[int], keys: list[int]) -> None:
+  """Puts each document's tokens in an order drawn from its key; its end of text stays its end."""
+  begin = 0
+  for length, key in zip(lengths, keys, strict=True):
+    np.random.default_rng(key).shuffle(tokens[begin : begin + length - 1])
+    begin += length
 
 
 def _chunks(documents: Iterable[HashedDocument]) -> Iterator[list[HashedDocument]]:

@@ -21,16 +21,27 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class RowIdEncoder:
-  """Encodes tokens as canonical ids, and these as row ids of each memory layer's table."""
+  """Encodes tokens as canonical ids, and these as row ids of each memory layer's table.
+
+  address: `model.engram.address`, by which controls have other rows than those of the n-grams.
+  """
 
   layout: HashLayout
   compressor: TokenCompressor
   reset_at_documents: bool
+  address: str = "ngrams"
 
   def __call__(self, tokens_BT: np.ndarray, segments_BT: np.ndarray) -> np.ndarray:
     """Returns row ids int32 [L, B, T, J], offsets included: one [B, T, J] per layer, in order."""
     segments = segments_BT if self.reset_at_documents else None
-    return stacked_row_ids(self.layout, self.compressor, tokens_BT, segments)
+    if self.address == "token":  # each token a document of its own: it sees pads before it
+      B, T = tokens_BT.shape
+      segments = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    ids_LBTJ = stacked_row_ids(self.layout, self.compressor, tokens_BT, segments)
+    if self.address == "one_row":
+      for ids_BTJ, layer in zip(ids_LBTJ, self.layout.layers, strict=True):
+        ids_BTJ[...] = self.layout.offsets[layer]
+    return ids_LBTJ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +102,18 @@ class PackedExamples:
       for name, array in batch.items()
     }
     if self.row_id_encoder is not None:
-      batch["row_ids"] = self.row_id_encoder(batch["tokens"], batch["segments"])
+      batch["row_ids"] = self._row_ids(np.asarray(indices_B, np.int64), batch)
     return batch
+
+  def _row_ids(self, indices_B: np.ndarray, batch: Batch) -> np.ndarray:
+    encoder = self.row_id_encoder
+    assert encoder is not None
+    if encoder.address != "other_window":
+      return encoder(batch["tokens"], batch["segments"])
+    # The window half a corpus further: its n-grams are as frequent, and say nothing of this one.
+    other = (indices_B + self.count_with_tail // 2) % self.count_with_tail
+    plain = dataclasses.replace(encoder, address="ngrams")
+    return dataclasses.replace(self, row_id_encoder=plain)(other)["row_ids"]
 
 
 @dataclasses.dataclass(frozen=True)

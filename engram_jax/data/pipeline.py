@@ -177,7 +177,8 @@ class PreparedData:
     layout, encoder = self.vocabulary.layout, None
     if layout is not None:
       resets = self.cfg.model.engram.reset_at_documents
-      encoder = RowIdEncoder(layout, self.vocabulary.compressor, resets)
+      compressor, address = self.vocabulary.compressor, self.vocabulary.address
+      encoder = RowIdEncoder(layout, compressor, resets, address)
     size = self.vocabulary.compressor.table.size
     return PackedExamples(corpus, self.cfg.data.sequence_length, encoder, size)
 
@@ -211,7 +212,8 @@ def _prepare(cfg: Config, log: Log) -> PreparedData:
   )
   digest = tokenizer_digest(text_tokenizer)
   end_id = tokenizer.end_of_text_id(text_tokenizer)
-  folder = cache / "corpora" / _digest(corpus_id, digest)
+  shuffled = ["shuffled"] if cfg.data.shuffle_tokens else []
+  folder = cache / "corpora" / _digest(corpus_id, digest, *shuffled)
   training, validation, names = open_or_build(
     folder, documents(), text_tokenizer, end_id, cfg.data, log
   )

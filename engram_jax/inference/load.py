@@ -27,6 +27,7 @@ from engram_jax.inference.stores.file import FileRows
 from engram_jax.inference.stores.host import HostRows
 from engram_jax.memory.hash_layout import HashLayout
 from engram_jax.memory.table import padded_rows
+from engram_jax.memory.vocabulary import require_ngrams
 from engram_jax.model.lm import LM
 from engram_jax.model.router import RouterBias
 from engram_jax.tables.saved_run import SavedRun, load_run
@@ -240,6 +241,7 @@ def load_model(run: pathlib.Path, step: int | None, log: Callable[[str], None]) 
   optimizer is read. Raises like `load_run`."""
   with load_run(run, step, log) as saved:
     cfg, vocabulary = saved.config, saved.vocabulary
+    require_ngrams(vocabulary.address)
     model = nnx.eval_shape(lambda: LM(cfg.model, rngs=nnx.Rngs(0)))
     graphdef, params, biases = nnx.split(model, nnx.Param, RouterBias)
     like = {"params": nnx.to_pure_dict(params), "biases": nnx.to_pure_dict(biases)}

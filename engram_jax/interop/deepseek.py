@@ -201,6 +201,7 @@ def make_config(memory: Memory) -> dict[str, Any]:
       "dialect": (cfg.dialect, cfg.dialect in ("engram", "deepseek_v41"), "deepseek_v41"),
       "seed": (cfg.seed, cfg.seed == 0, 0),
       "gate": (cfg.gate, cfg.gate == "signed_sqrt", "signed_sqrt"),
+      "compress": (cfg.compress, cfg.compress, True),
       "bias": (cfg.bias, not cfg.bias, False),
       "conv_kernel": (cfg.conv_kernel, cfg.conv_kernel == 0, 0),
       "reset_at_documents": (cfg.reset_at_documents, cfg.reset_at_documents, True),

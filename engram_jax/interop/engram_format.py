@@ -22,7 +22,7 @@ from engram_jax.interop.folder import CONFIG, Folder
 from engram_jax.interop.memory import Memory, StoredTable, require_equal
 from engram_jax.memory.compress import tokenizer_digest
 from engram_jax.memory.hash_layout import HashLayout
-from engram_jax.memory.vocabulary import Vocabulary
+from engram_jax.memory.vocabulary import Vocabulary, require_ngrams
 
 KIND = "engram_jax"
 FORMAT_VERSION = 1
@@ -137,6 +137,7 @@ def open_memory(folder: Folder) -> Memory:
   modules = {_module_name(layer, part): shapes[part] for layer in engram.layers for part in shapes}
   for name, shape in modules.items():
     folder.check(name, "F32", shape)
+  require_ngrams(vocabulary.address)
   return Memory(
     kind=KIND,
     cfg=engram,
@@ -161,9 +162,14 @@ def _module_name(layer: int, part: str) -> str:
 def module_shapes(engram: EngramConfig, D: int, G: int) -> dict[str, tuple[int, ...]]:
   """The shapes of a module's parameters by name, as in memory/engram.py; a test compares them."""
   M, kernel = engram.memory_width, engram.conv_kernel
-  shapes = {"w_key": (M, G, D), "w_value": (M, D), "g_key": (G, D), "g_query": (G, D)}
+  shapes: dict[str, tuple[int, ...]] = {}
+  if engram.gate != "none":
+    shapes |= {"w_key": (M, G, D), "g_key": (G, D), "g_query": (G, D)}
+    shapes |= {"b_key": (G, D)} if engram.bias else {}
+  if engram.projections:
+    shapes |= {"w_value": (M, D)}
   if engram.bias:
-    shapes |= {"b_key": (G, D), "b_value": (D,)}
+    shapes |= {"b_value": (D,)}
   if kernel:
     shapes |= {"g_conv": (G, D), "w_conv": (kernel, G, D)}
   return shapes

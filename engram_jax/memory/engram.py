@@ -3,7 +3,7 @@
     key_g      = rows W_key_g                                `key_BTGD`
     value      = rows W_value                                `value_BTD`, shared by all branches
     s_g        = RMSNorm(h_g) . RMSNorm(key_g) / sqrt(D)     `logit_BTG`, the memory's fit
-    alpha_g    = sigmoid(sign(s_g) sqrt(|s_g|))  or  sigmoid(s_g)       `gate_BTG`
+    alpha_g    = sigmoid(sign(s_g) sqrt(|s_g|)), sigmoid(s_g), or 1     `gate_BTG`
     U_g        = alpha_g value
     delta_g    = SiLU(conv(RMSNorm(U_g))) + U_g              depthwise, causal, dilated by N
 
@@ -58,7 +58,8 @@ class Engram(nnx.Module):
   `w_key` [M, G, D], `w_value` [M, D]; `b_key` [G, D], `b_value` [D] with `cfg.bias`; norm weights
   `g_key`, `g_query` [G, D]; `g_conv` [G, D] and `w_conv` [W, G, D] with `cfg.conv_kernel` = W > 0,
   where `w_conv[j]` multiplies position t - (W-1-j) N. `w_conv` starts at zero, so training starts
-  from delta = U.
+  from delta = U. Without a gate (`cfg.gate` = "none": alpha = 1) there are no keys and nothing of
+  theirs, and without `cfg.projections` the rows are the value themselves, M = D.
   """
 
   def __init__(self, cfg: EngramConfig, width: int, branches: int, *, rngs: nnx.Rngs):
@@ -66,14 +67,21 @@ class Engram(nnx.Module):
     if G < 1 or D < 1:
       raise ValueError(f"width={D} and branches={G} must be positive")
     self.cfg, self.width, self.branches = cfg, width, branches
+    if not cfg.projections and M != D:
+      raise ValueError(f"rows of {M} numbers a token are no value of width={D}: projections=False")
     normal = jax.nn.initializers.normal(1 / math.sqrt(M))
-    self.w_key = nnx.Param(normal(rngs.params(), (M, G, D)))
-    self.w_value = nnx.Param(normal(rngs.params(), (M, D)))
-    if cfg.bias:
+    has_gate = cfg.gate != "none"
+    if has_gate:
+      self.w_key = nnx.Param(normal(rngs.params(), (M, G, D)))
+    if cfg.projections:
+      self.w_value = nnx.Param(normal(rngs.params(), (M, D)))
+    if cfg.bias and has_gate:
       self.b_key = nnx.Param(jnp.zeros((G, D)))
+    if cfg.bias:
       self.b_value = nnx.Param(jnp.zeros((D,)))
-    self.g_key = nnx.Param(jnp.ones((G, D)))
-    self.g_query = nnx.Param(jnp.ones((G, D)))
+    if has_gate:
+      self.g_key = nnx.Param(jnp.ones((G, D)))
+      self.g_query = nnx.Param(jnp.ones((G, D)))
     if W > 0:
       self.g_conv = nnx.Param(jnp.ones((G, D)))
       self.w_conv = nnx.Param(jnp.zeros((W, G, D)))
@@ -127,7 +135,10 @@ class Engram(nnx.Module):
 
   def _gated(self, hidden_BTGD: jax.Array, rows_BTM: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The gates, float32 [B, T, G], and the value they multiply, [B, T, D]."""
-    key_BTGD, value_BTD = self.project_rows(rows_BTM.astype(hidden_BTGD.dtype))
+    rows_BTM = rows_BTM.astype(hidden_BTGD.dtype)
+    if self.cfg.gate == "none":
+      return jnp.ones(hidden_BTGD.shape[:3], jnp.float32), self._value(rows_BTM)
+    key_BTGD, value_BTD = self.project_rows(rows_BTM)
     with jax.named_scope("context_aware_gating"):
       weight_GD = self.g_key[...] * self.g_query[...]  # both norms' weights scale the same products
       logit_BTG = gate_logit(hidden_BTGD, key_BTGD, weight_GD, self.cfg.norm_eps)
@@ -145,6 +156,14 @@ class Engram(nnx.Module):
       key_BTGD += jnp.einsum("bt,gd->btgd", ones_BT, self.b_key[...].astype(dtype))
       value_BTD += jnp.einsum("bt,d->btd", ones_BT, self.b_value[...].astype(dtype))
     return key_BTGD, value_BTD
+
+  @jax.named_scope("value_projection")
+  def _value(self, rows_BTM: jax.Array) -> jax.Array:
+    """The value alone, [B, T, D], for a module without keys."""
+    if not self.cfg.projections:
+      return rows_BTM
+    value_BTD = jnp.einsum("btm,md->btd", rows_BTM, self.w_value[...].astype(rows_BTM.dtype))
+    return value_BTD + self.b_value[...].astype(rows_BTM.dtype) if self.cfg.bias else value_BTD
 
   def _conv(self, gate_BTG: jax.Array, value_BTD: jax.Array, segments_BT: jax.Array | None):
     W, N = self.cfg.conv_kernel, self.cfg.max_ngram

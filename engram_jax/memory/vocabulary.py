@@ -35,11 +35,13 @@ class Vocabulary:
   Attributes:
     tokenizer: as it encodes training text. compressor: the token map P: V -> V', the identity in a
       dialect that hashes raw ids. layout: hash layout of the layers with a memory; None without.
+      address: `model.engram.address`; a control has row ids in the batches of a pipeline alone.
   """
 
   tokenizer: tokenizers.Tokenizer
   compressor: TokenCompressor
   layout: HashLayout | None
+  address: str = "ngrams"
 
   @classmethod
   def build(
@@ -51,11 +53,12 @@ class Vocabulary:
 
     Raises ConfigError naming a field of `model.engram` that cannot be.
     """
-    if find_dialect(cfg.engram.dialect).hashes_raw_ids:
+    if find_dialect(cfg.engram.dialect).hashes_raw_ids or not cfg.engram.compress:
       compressor = TokenCompressor.identity(cfg.vocab_size)
     else:
       compressor = TokenCompressor.from_tokenizer(tokenizer, cache)
-    return cls(tokenizer, compressor, HashLayout.of(cfg.engram, compressor))
+    address = cfg.engram.address if cfg.engram.is_control else "ngrams"
+    return cls(tokenizer, compressor, HashLayout.of(cfg.engram, compressor), address)
 
   @functools.cached_property
   def tokenizer_digest(self) -> str:
@@ -65,8 +68,10 @@ class Vocabulary:
   def row_ids(self, tokens_BT: np.ndarray, segments_BT: np.ndarray | None = None) -> np.ndarray:
     """int32 [L, B, T, J] of raw token ids, offsets included: one [B, T, J] a layer, in order.
 
-    Raises ValueError for an id outside the token map, naming it, or shapes that do not agree.
+    Raises ValueError for an id outside the token map, naming it, or shapes that do not agree;
+    ConfigError where the rows are addressed as a control.
     """
+    require_ngrams(self.address)
     return stacked_row_ids(self.layout, self.compressor, tokens_BT, segments_BT)
 
   def fingerprint(self, corpus_digest: str, content_digest: str) -> dict[str, Any]:
@@ -86,6 +91,15 @@ class Vocabulary:
       "corpus_digest": corpus_digest,
       "corpus_content_digest": content_digest,
     }
+
+
+def require_ngrams(address: str) -> None:
+  """ConfigError for a control of experiments, whose rows do not follow from a text's n-grams."""
+  if address != "ngrams":
+    raise ConfigError(
+      f"model.engram.address={address!r} is a control of experiments: its rows follow from no "
+      "text, so it has losses over its own data (train.py, eval.py) and nothing else"
+    )
 
 
 def read_tokenizer(

@@ -90,6 +90,7 @@ def count(cfg: ModelConfig, layout: HashLayout | None = None) -> Counts:
   mixed = 2 * G + G * G if G > 1 else 0  # logits of H_pre, H_post and H_res
   sublayers = 2 * cfg.layers
   conv = G * D * (1 + engram.conv_kernel) if engram.conv_kernel else 0  # g_conv, w_conv
+  keys = G if engram.gate != "none" else 0  # w_key, g_key and g_query are of each
   return Counts(
     embedding=cfg.vocab_size * D,
     head=0 if cfg.tie_embeddings else D * cfg.vocab_size,
@@ -101,8 +102,8 @@ def count(cfg: ModelConfig, layout: HashLayout | None = None) -> Counts:
     residual_projections=sublayers * mixed * G * D,
     residual_scalars=sublayers * (mixed + 3) if mixed else 0,
     norms=sublayers * D + cfg.layers * (cfg.attention.latent + cfg.attention.query_latent) + D,
-    engram_projections=memories * M * (G + 1) * D,
-    engram_gate_and_conv=memories * (2 * G * D + conv + (G + 1) * D * engram.bias),
+    engram_projections=memories * M * (keys + engram.projections) * D,
+    engram_gate_and_conv=memories * (2 * keys * D + conv + (keys + 1) * D * engram.bias),
     tables=sum(layout.rows[layer] for layer in engram.layers) * engram.row_width if layout else 0,
     vocabulary_matrix=cfg.vocab_size * D,
     chosen_experts=moe_blocks * moe.top_k * expert,

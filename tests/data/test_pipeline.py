@@ -3,6 +3,7 @@ each example, and nothing across documents that should not be."""
 
 import ast
 import contextlib
+import itertools
 import json
 import pathlib
 import pickle
@@ -140,6 +141,65 @@ def test_row_ids_cross_documents_only_with_reset_at_documents_off(data, folder):
   near_start = (separate["segments"] > 0) & (separate["positions"] < 2)
   assert differs.any()
   assert not (differs & ~near_start).any()
+
+
+def test_controls_address_other_rows(data, folder):
+  batch = data.training_pipeline().batch_at(0)
+  layout = data.vocabulary.layout
+  of = lambda address: prepare_quietly(
+    config(folder, **{"model.engram.address": address, "train.sample_tokens": 0})
+  )
+
+  one_row = of("one_row").training_pipeline().batch_at(0)
+  for ids_BTJ, layer in zip(one_row["row_ids"], layout.layers, strict=True):
+    np.testing.assert_array_equal(ids_BTJ, np.broadcast_to(layout.offsets[layer], ids_BTJ.shape))
+
+  token = of("token").training_pipeline().batch_at(0)
+  canonical = data.vocabulary.compressor(batch["tokens"])
+  for ids_BTJ, layer in zip(token["row_ids"], layout.layers, strict=True):
+    alone = hash_ids_numpy(layout, layer, canonical.reshape(-1, 1)) + layout.offsets[layer]
+    np.testing.assert_array_equal(ids_BTJ.reshape(alone.shape), alone)
+
+  windows = of("other_window")
+  plain, other = data.training_pipeline().examples, windows.training_pipeline().examples
+  count = plain.count_with_tail
+  np.testing.assert_array_equal(
+    other(np.array([1, count - 1]))["row_ids"],
+    plain(np.array([1 + count // 2, count - 1 - count + count // 2]))["row_ids"],
+  )
+  for control in (one_row, token, windows.training_pipeline().batch_at(0)):
+    for name in NAMES:
+      np.testing.assert_array_equal(control[name], batch[name])
+    assert (control["row_ids"] != batch["row_ids"]).any()
+  with pytest.raises(ConfigError, match="'other_window' is a control of experiments"):
+    windows.vocabulary.row_ids(batch["tokens"])
+  with pytest.raises(ConfigError, match=r"give train\.sample_tokens=0"):
+    config(folder, **{"model.engram.address": "token"})
+
+
+def test_shuffled_documents_hold_the_same_tokens_in_another_order(data, folder):
+  shuffled = prepare_quietly(config(folder, **{"data.shuffle_tokens": True}))
+  again = prepare_quietly(config(folder, **{"data.shuffle_tokens": True}))
+  for plain, other in ((data.training, shuffled.training), (data.validation, shuffled.validation)):
+    np.testing.assert_array_equal(plain.offsets, other.offsets)
+    for begin, end in itertools.pairwise(plain.offsets):
+      np.testing.assert_array_equal(
+        np.sort(plain.tokens[begin:end]), np.sort(other.tokens[begin:end])
+      )
+      assert other.tokens[end - 1] == plain.tokens[end - 1]  # the end of the text
+    assert (plain.tokens != other.tokens).mean() > 0.5
+  np.testing.assert_array_equal(shuffled.training.tokens, again.training.tokens)
+  assert shuffled.vocabulary.tokenizer_digest == data.vocabulary.tokenizer_digest
+
+
+def test_without_compression_the_tokenizers_own_ids_are_hashed(folder):
+  data = prepare_quietly(config(folder, **{"model.engram.compress": False}))
+  batch = data.validation_pipeline().batch_at(0)
+  layout = data.vocabulary.layout
+  assert layout.compressed_vocab == 320
+  for ids_BTJ, layer in zip(batch["row_ids"], layout.layers, strict=True):
+    expected = hash_ids_numpy(layout, layer, batch["tokens"], batch["segments"])
+    np.testing.assert_array_equal(ids_BTJ, expected + layout.offsets[layer])
 
 
 def test_without_a_memory_there_are_no_rows(folder):

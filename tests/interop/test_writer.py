@@ -105,9 +105,13 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("conv_kernel", [0, 4])
-def test_module_shapes_are_those_of_the_module(bias, conv_kernel):
-  cfg = EngramConfig(layers=(1,), heads=2, row_width=4, bias=bias, conv_kernel=conv_kernel)
+@pytest.mark.parametrize(
+  "fields", [{"conv_kernel": 0}, {"conv_kernel": 4}, {"gate": "none"}, {"projections": False}]
+)
+def test_module_shapes_are_those_of_the_module(bias, fields):
+  if "projections" in fields:
+    fields, bias = fields | {"gate": "none", "row_width": 2}, False
+  cfg = EngramConfig(layers=(1,), **{"heads": 2, "row_width": 4, "bias": bias} | fields)
   module = nnx.eval_shape(lambda: Engram(cfg, 8, 3, rngs=nnx.Rngs(0)))
   shapes = jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
   assert engram_format.module_shapes(cfg, 8, 3) == shapes

@@ -155,6 +155,14 @@ VARIANTS = {
   "four branches, bigrams": {"branches": 4, "max_ngram": 2, "heads": 3},
   "4-grams, three taps": {"branches": 2, "max_ngram": 4, "heads": 1, "conv_kernel": 3},
   "no convolution": {"branches": 2, "conv_kernel": 0, "bias": True},
+  "no gate": {"branches": 2, "gate": "none", "bias": True},
+  "rows as they are": {
+    "branches": 2,
+    "gate": "none",
+    "projections": False,
+    "conv_kernel": 0,
+    "row_width": 2,
+  },
   "documents": {"branches": 2, "segments": True},
   "documents ignored": {"branches": 1, "segments": True, "reset_at_documents": False},
 }
@@ -243,8 +251,21 @@ def test_parameters_are_the_ones_named():
     "g_conv": (2, D),
     "w_conv": (4, 2, D),
   }
+  names = lambda engram: set(nnx.to_pure_dict(nnx.state(engram)))
   bare, _, _ = small(conv_kernel=0)
-  assert set(nnx.to_pure_dict(nnx.state(bare))) == {"w_key", "w_value", "g_key", "g_query"}
+  assert names(bare) == {"w_key", "w_value", "g_key", "g_query"}
+  ungated, _, _ = small(conv_kernel=0, gate="none", bias=True)
+  assert names(ungated) == {"w_value", "b_value"}
+
+
+def test_without_gate_projections_and_convolution_the_rows_are_added_to_every_branch():
+  engram, hidden, rows = small(gate="none", projections=False, conv_kernel=0, row_width=2)
+  delta, probes = run(engram, hidden, rows)
+  np.testing.assert_array_equal(delta, np.broadcast_to(rows[:, :, None], delta.shape))
+  np.testing.assert_array_equal(probes["gate"], 1.0)
+  assert not nnx.to_pure_dict(nnx.state(engram))
+  with pytest.raises(ValueError, match="rows of 12 numbers a token are no value of width=8"):
+    small(gate="none", projections=False)
 
 
 def test_rows_by_column_are_taken_too():

@@ -33,6 +33,16 @@ CASES = {
     "moe": MOE,
     "engram": MEMORY.model_copy(update={"bias": True, "conv_kernel": 0}),
   },
+  "memory with bias, without a gate": {
+    "moe": MOE,
+    "engram": MEMORY.model_copy(update={"bias": True, "gate": "none"}),
+  },
+  "rows added as they are": {
+    "moe": MOE,
+    "engram": EngramConfig(
+      layers=(1,), heads=2, row_width=4, rows_per_head=20, gate="none", projections=False
+    ),
+  },
   "memory in one stream, tied, with a query latent": {
     "moe": DENSE,
     "engram": MEMORY,
