@@ -1,8 +1,10 @@
 """Evaluates a run: loss, perplexity and bits per byte by source, with the memory on and off.
 
     python eval.py --run runs/tiny [--json] [--prompt "The capital of France is" ...]
+    python eval.py --run runs/tiny --score FILE [--json] [--special]
 
-Figures come from the validation documents of the run's own data.
+Figures come from the validation documents of the run's own data; with --score they are the
+log-probability of each token of a text of yours.
 """
 
 import contextlib
@@ -28,6 +30,7 @@ from engram_jax.memory.vocabulary import check_fingerprint
 from engram_jax.tables.saved_run import load_run
 from engram_jax.training.evaluate import evaluate, make_eval_step
 from engram_jax.training.sample import complete, make_next_logits
+from engram_jax.training.score import TextScores, read_text, score_text
 from engram_jax.training.state import TrainSetup, TrainState, flush, make_setup, restore_state
 
 
@@ -49,6 +52,11 @@ class Args:
   """Temperature of the sampled continuation."""
   seed: int = 0
   """Seed of the sampled continuation."""
+  score: str | None = None
+  """A UTF-8 text, - for standard input: the log-probability of each of its tokens given all before
+  it, with the memory on, in place of everything else."""
+  special: bool = False
+  """With --score: also the tokens that the tokenizer puts around a text."""
   json: bool = False
   """One JSON object on stdout, everything else on stderr."""
 
@@ -57,6 +65,11 @@ def main() -> int:
   args = tyro.cli(Args, prog="eval.py", description=__doc__)
   check(args)
   log = lambda text: print(text, file=sys.stderr)
+  if args.score is not None:
+    text = read_text(args.score)
+    scores = score_text(args.run, args.step, text, log, special=args.special)
+    (print_scores if args.json else show_scores)(args, scores)
+    return 0
   with contextlib.ExitStack() as stack:
     saved = stack.enter_context(load_run(args.run, args.step, log))
     text = saved.config.data.model_copy(update={"tokenizer": str(args.run / TOKENIZER)})
@@ -88,6 +101,12 @@ def check(args: Args) -> None:
     value = getattr(args, name)
     if value is not None and value < lowest:
       raise ConfigError(f"--{name} {value} must be at least {lowest}")
+  for name in ("batches", "prompt", "tokens", "temperature", "seed"):
+    default = Args.__dataclass_fields__[name].default
+    if args.score is not None and getattr(args, name) != default:
+      raise ConfigError(f"--{name} has no meaning with --score: leave either out")
+  if args.special and args.score is None:
+    raise ConfigError("--special is for --score FILE: give both, or leave it out")
   if "" in args.prompt:
     raise ConfigError("--prompt '' is empty; give some text to continue")
 
@@ -145,6 +164,25 @@ def show(result: dict[str, Any]) -> None:
   for sample in result["samples"]:
     for kind in ("greedy", "sampled"):
       print(f"{kind}: {sample['prompt']}|{sample[kind]}")
+
+
+def print_scores(args: Args, scores: TextScores) -> None:
+  result = {"run": str(args.run), "step": scores.step}
+  for name in ("tokens", "logprobs", "loss", "bits_per_byte"):
+    result[name] = getattr(scores, name)
+  print(json.dumps(result))
+
+
+def show_scores(args: Args, scores: TextScores) -> None:
+  print(f"{args.run}, step {scores.step}")
+  print(f"{'id':>8}{'logprob':>12}  token")
+  logprobs = ["", *(f"{logprob:.4f}" for logprob in scores.logprobs)]  # the first is only read
+  for token, logprob, text in zip(scores.tokens, logprobs, scores.texts, strict=True):
+    print(f"{token:8}{logprob:>12}  {text!r}")
+  print(
+    f"loss {scores.loss:.4f} nats a token, {scores.bits_per_byte:.4f} bits a byte, "
+    f"{len(scores.logprobs):,} tokens predicted"
+  )
 
 
 if __name__ == "__main__":

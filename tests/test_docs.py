@@ -59,6 +59,8 @@ RUN = (
   # docs/checkpoints.md
   "python eval.py --run runs/tiny --json",
   "head -n 2 runs/tiny/metrics.jsonl",
+  "python eval.py --run runs/tiny --score configs/tiny.yaml",
+  "python eval.py --run runs/tiny --score configs/tiny.yaml --json",
   "python train.py --run.name stopped",
   "python eval.py --run runs/host",
   "python -m engram_jax convert import --from out/tiny --run runs/again",
