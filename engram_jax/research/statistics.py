@@ -72,7 +72,7 @@ def smallest_effect(n: int) -> float:
   low, high = 1e-3, 1e3
   for _ in range(100):  # bisection: the power rises with the effect
     middle = math.sqrt(low * high)
-    enough = power.power(middle, n, LEVEL) >= POWER
+    enough = not power.power(middle, n, LEVEL) < POWER  # NaN where the power is 1 to all digits
     low, high = (low, middle) if enough else (middle, high)
   return high
 

@@ -101,13 +101,14 @@ class Sweep:
     ]
 
   def environment(self) -> dict[str, str]:
-    """The environment of its runs: their own source, and one cache of compiled programs for all."""
+    """The environment of its runs: their own source, and one cache of compiled programs for all,
+    unless the variables of this process name another."""
     cache = {
       "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
     own = {"PYTHONPATH": str(self.folder / SOURCE), "PYTHONDONTWRITEBYTECODE": "1"}
-    return os.environ | cache | own
+    return cache | dict(os.environ) | own
 
   def describe(self) -> dict[str, Any]:
     """The content of sweep.json."""
