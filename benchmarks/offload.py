@@ -12,6 +12,8 @@ same float32 rows, greedy, so that all but the first must give the same tokens (
     host_synchronous   the same, fetched before the model starts
     file_warm          prefetched from a mapped file that the system holds in memory
     file_cold          prefetched from the file, which the system forgets before every pass
+    file_new           prefetched from a file opened for each repeat: every block is verified again
+    file_unverified    the same without verification
 
 Tokens a second of prefill (all prompt tokens) and decode (one token a request and pass), and ratios
 of medians over the repeats. A ratio `x_over_y` is time of x over time of y for prefill and decode
@@ -40,16 +42,19 @@ from engram_jax.inference.row_sources import DeviceRowSource, StoreRowSource
 from engram_jax.inference.stores.file import FileRows
 from engram_jax.inference.stores.host import HostRows
 from engram_jax.inference.stores.write import write_table_file
+from engram_jax.memory.compress import TokenCompressor
 from engram_jax.memory.hash_layout import HashLayout
 from engram_jax.model.lm import LM
 from engram_jax.model.router import RouterBias
 
 SIDES = ("none", "device", "host_prefetched", "host_synchronous", "file_warm", "file_cold")
+SIDES += ("file_new", "file_unverified")
 RATIOS = {
   "host_prefetched_over_device": ("host_prefetched", "device"),
   "host_synchronous_over_device": ("host_synchronous", "device"),
   "file_warm_over_device": ("file_warm", "device"),
   "file_cold_over_device": ("file_cold", "device"),
+  "file_new_over_unverified": ("file_new", "file_unverified"),
   "memory_over_none": ("device", "none"),
 }
 
@@ -129,6 +134,11 @@ def make_sides(stack, model: LoadedModel, folder: pathlib.Path, args) -> dict[st
     "host_synchronous": device.with_row_source(row_source(host, overlap=False)),
     "file_warm": device.with_row_source(row_source(warm)),
     "file_cold": device.with_row_source(ColdFileSource(row_source(cold), cold)),
+  } | {
+    name: device.with_row_source(
+      stack.enter_context(NewFileSource(folder / "warm", compressor, verify=verify))
+    )
+    for name, verify in (("file_new", True), ("file_unverified", False))
   }
 
 
@@ -158,6 +168,32 @@ class ColdFileSource:
     return self.row_source.on_demand(tokens_BT, count_B, history_BH)
 
 
+class NewFileSource:
+  """A row source over a file that `open` opens anew, so that no block of it is verified yet."""
+
+  def __init__(self, path: pathlib.Path, compressor: TokenCompressor, *, verify: bool):
+    self._open = lambda: FileRows(path, verify=verify)
+    self._compressor, self._opened = compressor, contextlib.ExitStack()
+    self.open()
+
+  def open(self) -> None:
+    self._opened.close()
+    store = self._opened.enter_context(self._open())
+    self._source = self._opened.enter_context(StoreRowSource(store, self._compressor))
+
+  def __enter__(self) -> "NewFileSource":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._opened.close()
+
+  def prefetch(self, tokens_BT: Any, count_B: Any, history_BH: Any) -> RowsFn:
+    return self._source.prefetch(tokens_BT, count_B, history_BH)
+
+  def on_demand(self, tokens_BT: Any, count_B: Any, history_BH: Any) -> RowsFn:
+    return self._source.on_demand(tokens_BT, count_B, history_BH)
+
+
 def without_memory(weights: Weights) -> Weights:
   """The model without a memory; its other parameters are unchanged."""
   cfg = weights.cfg.model_copy(update={"engram": EngramConfig(layers=())})
@@ -179,6 +215,8 @@ def measure(
   times, tokens = {name: [] for name in sides}, {}
   for repeat in range(args.repeats + 1):
     for name, decoder in sides.items():
+      if isinstance(decoder.row_source, NewFileSource):
+        decoder.row_source.open()
       prefill, decode, tokens[name] = time_decoder(decoder, prompts, args.new_tokens)
       if repeat:  # the first compiles
         times[name].append((prefill, decode))

@@ -139,7 +139,8 @@ def ladder(argv: Sequence[str]) -> int:
   for name, cfg in configs.items():
     tokens = args.tokens_per_parameter * Budget.of(cfg).active
     steps = max(round(tokens / (cfg.train.batch_size * cfg.data.sequence_length)), 1)
-    configs[name] = changed(cfg, {"train.steps": steps})
+    # Ten points of a curve, on which to find the step at which the twin's last loss is reached.
+    configs[name] = changed(cfg, {"train.steps": steps, "train.eval_every": max(steps // 10, 1)})
   design = arms.ladder(configs)
   return _execute("ladder", args, configs, design)
 

@@ -55,7 +55,7 @@ def work(sweep: Sweep, runs: Sequence[Run], jobs: int, log: Callable[[str], None
   try:
     while waiting or working:
       while waiting and free:
-        working.append(start(sweep, waiting.pop(0), free.pop(0)))
+        working.append(start(sweep, waiting.pop(0), free.pop(0), jobs))
       time.sleep(POLL_SECONDS)
       for job in [job for job in working if job.process.poll() is not None]:
         working.remove(job)
@@ -97,7 +97,7 @@ def cpu_shares(jobs: int) -> list[frozenset[int]]:
   return [frozenset(cpus[s : s + each]) for s in starts]
 
 
-def start(sweep: Sweep, run: Run, cpus: frozenset[int]) -> Job:
+def start(sweep: Sweep, run: Run, cpus: frozenset[int], jobs: int) -> Job:
   """Starts a run, whose output goes to its log."""
   with open(sweep.folder / LOGS / f"{run.name}.txt", "ab") as log:
     process = subprocess.Popen(
@@ -105,7 +105,7 @@ def start(sweep: Sweep, run: Run, cpus: frozenset[int]) -> Job:
       stdin=subprocess.DEVNULL,
       stdout=log,
       stderr=log,
-      env=sweep.environment(),
+      env=sweep.environment(jobs),
       start_new_session=True,  # Ctrl-C comes to us, and we pass it on once
     )
   if cpus:

@@ -100,13 +100,18 @@ class Sweep:
       *("--train.seed", str(run.seed), "--data.seed", str(run.seed)),
     ]
 
-  def environment(self) -> dict[str, str]:
+  def environment(self, jobs: int = 1) -> dict[str, str]:
     """The environment of its runs: their own source, and one cache of compiled programs for all,
-    unless the variables of this process name another."""
+    unless the variables of this process name another.
+
+    jobs: runs at a time, which divide an accelerator's memory.
+    """
     cache = {
       "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
+    if jobs > 1:
+      cache["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / jobs:.3f}"
     own = {"PYTHONPATH": str(self.folder / SOURCE), "PYTHONDONTWRITEBYTECODE": "1"}
     return cache | dict(os.environ) | own
 

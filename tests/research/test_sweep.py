@@ -3,9 +3,14 @@
 import csv
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from engram_jax.commands import sweep as command
 from engram_jax.config import load_config
@@ -218,3 +223,35 @@ def test_wrong_words_are_refused_before_anything_is_written(words, message, tmp_
     command.main(words)
   assert message in str(error.value)
   assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_stops_runs_that_save_and_the_same_command_goes_on(lab, tmp_path):
+  words = [sys.executable, "-m", "engram_jax", "sweep", "capacity", "--rows", "101", "--seeds", "1"]
+  words += ["--budget", str(lab.config), "--root", str(tmp_path), "--name", "s", "--index", "1"]
+  words += ["--set", "train.steps=4000", "train.checkpoint_every=4000"]
+  start = lambda: subprocess.Popen(
+    words, env=lab.environment, cwd=ROOT, stderr=subprocess.PIPE, text=True
+  )
+  sweep, metrics = start(), tmp_path / "s" / "runs" / "rows_101-s0" / "metrics.jsonl"
+  wait_for(lambda: metrics.exists() and metrics.stat().st_size, sweep)
+  sweep.send_signal(signal.SIGTERM)
+  _, said = sweep.communicate(timeout=120)
+  assert sweep.returncode == 75, said
+  assert "stopped; the same command goes on" in said
+  log = tmp_path / "s" / "logs" / "rows_101-s0.txt"
+  assert "saved; the same command resumes" in log.read_text()
+  assert not list((tmp_path / "s" / "results").iterdir())
+
+  again = start()
+  wait_for(lambda: "resumed" in log.read_text(), again)
+  again.send_signal(signal.SIGINT)
+  _, said = again.communicate(timeout=120)
+  assert again.returncode == 75, said
+
+
+def wait_for(happened, process):
+  deadline = time.monotonic() + 240
+  while not happened():
+    assert process.poll() is None, process.stderr.read()
+    assert time.monotonic() < deadline
+    time.sleep(0.2)
