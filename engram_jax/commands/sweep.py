@@ -8,11 +8,13 @@ ladder      memory and twin at several sizes          report    tables from a CS
 import dataclasses
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
 import yaml
+from tqdm import tqdm
 
 from engram_jax.cli import log, run_kind
 from engram_jax.config import Config, load_config
@@ -216,7 +218,7 @@ def _execute(kind: str, args: SweepArgs, configs: dict[str, Config], design: Des
   runs = choose(sweep.runs, args.index, args.share)
   log(f"{folder}: {len(runs)} of {len(sweep.runs)} runs, commit {sweep.commit[:12]}")
   try:
-    failed = work(sweep, runs, args.jobs, log)
+    failed = work(sweep, runs, args.jobs, lambda line: tqdm.write(line, file=sys.stderr))
   except (StopSweep, KeyboardInterrupt):
     log("stopped; the same command goes on")
     return EXIT_STOPPED

@@ -226,7 +226,21 @@ def to_markdown(found: dict[str, Any]) -> str:
         f"{_interval(row)} | {_p(row['p'])} | {_p(row['p_holm'])} | {_number(row['smallest'])} | "
         f"{row['verdict']} |"
       )
-  return "\n".join([*lines, *_fit_lines(found["fits"])]) + "\n"
+  return "\n".join([*lines, *_fit_lines(found["fits"]), *_source_lines(found["arms"])]) + "\n"
+
+
+def _source_lines(arms: Sequence[dict[str, Any]]) -> list[str]:
+  """A table of the first two arms by source of text, where there are several."""
+  first = arms[:2]
+  if len(first) < 2 or len(first[0]["sources"]) < 2:
+    return []
+  names = " | ".join(f"`{arm['name']}`" for arm in first)
+  lines = ["", f"| validation loss by source | {names} | difference |", "|---|---|---|---|"]
+  for source, loss in first[0]["sources"].items():
+    other = first[1]["sources"].get(source)
+    if other is not None:
+      lines.append(f"| {source} | {loss:.4f} | {other:.4f} | {other - loss:+.4f} |")
+  return lines
 
 
 def _fit_lines(fits: dict[str, Any]) -> list[str]:
