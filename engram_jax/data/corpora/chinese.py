@@ -77,7 +77,7 @@ def read_manpages(package: pathlib.Path) -> Iterator[Document]:
 
   The pages in traditional Chinese are the same ones converted.
   """
-  for _, contents in read_members(package, re.compile(r".*/man/zh_CN/.*\.gz").fullmatch):
+  for _, contents in read_members(package, re.compile(r".*/man/zh.CN/.*\.gz").fullmatch):
     yield from _mostly_chinese("manpages_zh", strip_roff(contents.decode(errors="replace")))
 
 

@@ -1,4 +1,4 @@
-"""What `english_large` adds to `english`: dictionaries, novels, speeches and manuals.
+"""The parts that `english_large` adds to `english`: dictionaries, novels, speeches and manuals.
 
 They are in Debian packages, of the release that apt-get knows, and in one of npm.
 """
