@@ -359,7 +359,7 @@ def test_speeches_and_moby_dick(tmp_path):
       chinese.read_handbook,
       {
         "usr/share/doc/h/html/zh-CN/a.html": (
-          "<p id=title>no</p><h2 class=title>标</h2>文<p>ls" + "<p>not translated yet" + " no" * 20
+          "<p id=title>no</p><h2 class=title>标</h2>文<p>ls" + "<p>not translated yet" + " no" * 30
         ).encode(),
         "usr/share/doc/h/html/de-DE/a.html": b"nein",
       },
