@@ -126,7 +126,7 @@ CHINESE = (
   Part(
     "poetry",
     "poems of Tang, Song and Yuan and classics, collected by chinese-poetry's contributors",
-    "MIT; the texts are in the public domain",
+    "MIT",
     Npm(
       "chinese-poetry",
       "2.0.1",

@@ -21,10 +21,8 @@ from engram_jax.data.corpora.paragraphs import group
 from engram_jax.data.files import Document
 
 _CHAPTER = re.compile(r"^(?=CHAPTER\b|Chapter\b|EPILOGUE\b|Epilogue\b|ETYMOLOGY\b)", re.MULTILINE)
-# Marks of who wrote an entry of GCIDE, at its end: 300,000 of them.
-_GCIDE_MARK = re.compile(
-  r"\s*\[(?:[^\[\]]{0,12}(?:1913|1890|1913 Suppl\.) ?[^\[\]]*|WordNet[^\]]*|PJC)\]"
-)
+# Marks of where an entry of GCIDE is from, such as [1913 Webster]: 227,343 in all.
+_GCIDE_MARK = re.compile(r"\s*\[(?:[^\[\]]{0,12}(?:1913|1890)[^\[\]]*|WordNet[^\]]*|PJC)\]")
 _SYNSET = re.compile(r"\d{8} \d\d ([nvasr]) ([0-9a-f]{2}) (.+?) \| (.+?)\s*")
 _WORD_CLASSES = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
 
