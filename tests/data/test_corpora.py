@@ -30,7 +30,7 @@ from engram_jax.data.corpora.markup import strip_html, strip_wiki
 from engram_jax.data.corpora.paragraphs import drop_repeats, group, split_paragraphs
 from engram_jax.data.files import Document
 from engram_jax.data.pipeline import prepare
-from engram_jax.errors import ConfigError, DataError
+from engram_jax.errors import ConfigError, DataError, StorageError
 
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
 
@@ -556,6 +556,25 @@ def test_a_corpus_is_prepared_without_repeats(tiny):
   assert len(texts) == 40
   assert sum("shared" in text for text in texts) == 1
   assert data.description[0] == "text: a tiny text, CC0 (Debian some-doc-1)"
+
+
+@needs_dpkg
+def test_archives_are_read_once_and_their_text_kept(tiny, tmp_path, monkeypatch):
+  cfg, path = tiny
+  unfinished = sources.read_documents(cfg, quiet)
+  next(unfinished)
+  unfinished.close()
+  assert not list((tmp_path / "texts").iterdir())
+  first = list(sources.read_documents(cfg, quiet))
+  with monkeypatch.context() as patch:
+    patch.setattr(archives, "read_members", fail)
+    assert list(sources.read_documents(cfg, quiet)) == first
+  (kept,) = (tmp_path / "texts").iterdir()
+  kept.write_bytes(kept.read_bytes()[:-9])
+  with pytest.raises(StorageError, match=r"chinese-.*\.jsonl: damaged: .*; delete it"):
+    list(sources.read_documents(cfg, quiet))
+  deb(path, {"usr/a.txt": b"another version"})
+  assert list(sources.read_documents(cfg, quiet)) == [("tiny", "another version")]
 
 
 @needs_dpkg
