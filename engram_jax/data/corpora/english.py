@@ -99,7 +99,7 @@ ENGLISH = (
   ),
   Part(
     "gensim_wiki",
-    "105 whole articles of English Wikipedia, by Wikipedia's contributors",
+    "106 whole articles of English Wikipedia, by Wikipedia's contributors",
     "CC BY-SA 3.0",
     Wheel(
       "gensim",
