@@ -105,6 +105,9 @@ NOT_RUN = {  # a pattern of whole commands: why they do not run here
   r"python -m pytest.*": "is these tests",
   r"timeout .* python train\.py .*": "stops by the clock; tests/training/test_train.py stops a run",
   r"python train\.py --data\.source stdlib .*": "minutes; tests/data/test_sources.py reads it",
+  r"python train\.py --data\.source (english|english_large|chinese) .*": (
+    "downloads for minutes; tests/data/test_corpora.py reads such archives"
+  ),
   r"(XLA_FLAGS=\S+ )?python docs/own_loop\.py": "a minute; tests/tables and tests/eight run a part",
   r"(XLA_FLAGS=\S+ )?python train\.py --mesh\..*": "many devices; tests/eight/test_step.py",
   r"python train\.py .* --distributed\.processes .*": "two hosts; tests/core/test_several_hosts.py",

@@ -26,7 +26,18 @@ FILE_SOURCES = ("text", "jsonl", "parquet", "array_record")
 class DataConfig(Frozen):
   """Text, tokenizer, and the examples made of them."""
 
-  source: Literal["wiki", "stdlib", "text", "jsonl", "parquet", "array_record"] = "wiki"
+  source: Literal[
+    "wiki",
+    "english",
+    "english_large",
+    "chinese",
+    "stdlib",
+    "text",
+    "jsonl",
+    "parquet",
+    "array_record",
+  ] = "wiki"
+  """Wikipedia's leads; three larger corpora (docs/data.md); Python's own library; own files."""
   path: str | None = None
   """File or folder, for the sources that read the user's own files."""
   text_field: str = "text"
