@@ -201,11 +201,20 @@ def prepare(cfg: Config, log: Log = print) -> PreparedData:
 
 
 def _prepare(cfg: Config, log: Log) -> PreparedData:
+  for line in sources.survey(cfg.data):
+    log(line)
   cache = cache_dir(cfg.data)
   corpus_id = _digest(sources.fingerprint(cfg.data), cfg.data.validation_fraction, FORMAT_VERSION)
 
+  said: set[str] = set()
+
+  def log_once(line: str) -> None:  # documents are read twice, for the tokenizer and for the tokens
+    if line not in said:
+      said.add(line)
+      log(line)
+
   def documents() -> Iterator[HashedDocument]:
-    return deduplicate(sources.read_documents(cfg.data, log))
+    return deduplicate(sources.read_documents(cfg.data, log_once))
 
   text_tokenizer = tokenizer.load_or_train(
     cfg, corpus_id, lambda: training_texts(documents(), cfg.data), log

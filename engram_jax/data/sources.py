@@ -11,7 +11,7 @@ import sysconfig
 import zipfile
 from collections.abc import Iterator
 
-from engram_jax.config import DataConfig
+from engram_jax.config import FILE_SOURCES, DataConfig
 from engram_jax.data import files
 from engram_jax.data.download import Log, cache_dir, fetch_wheel
 from engram_jax.data.files import Document
@@ -37,7 +37,7 @@ def read_documents(cfg: DataConfig, log: Log) -> Iterator[Document]:
   elif cfg.source == "stdlib":
     yield from read_stdlib()
   else:
-    yield from files.read_files(cfg)
+    yield from files.read_files(cfg, log)
 
 
 def describe(cfg: DataConfig) -> str:
@@ -53,14 +53,19 @@ def describe(cfg: DataConfig) -> str:
   return f"{cfg.source} files at {cfg.path}"
 
 
+def survey(cfg: DataConfig) -> tuple[str, ...]:
+  """Lines that say which of the user's own files are read, which are left and why."""
+  return files.survey(cfg) if cfg.source in FILE_SOURCES else ()
+
+
 def fingerprint(cfg: DataConfig) -> str:
   """A digest that changes when the documents do: by checksum, or each file's size and time."""
   if cfg.source == "wiki":
     contents = list(WIKI_WHEEL)
+  elif cfg.source == "stdlib":
+    contents = files.describe_files(stdlib_files())
   else:
-    paths = stdlib_files() if cfg.source == "stdlib" else files.list_files(cfg)
-    stats = [(path.resolve(), path.stat()) for path in paths]
-    contents = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    contents = files.identify(cfg)
   return hashlib.sha256(json.dumps([cfg.source, cfg.text_field, contents]).encode()).hexdigest()
 
 
