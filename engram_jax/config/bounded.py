@@ -34,6 +34,13 @@ _KINDS = {
 }
 
 
+class PointerError(ValueError):
+  """A git-lfs pointer where a file was expected."""
+
+  def __init__(self):
+    super().__init__(POINTER)
+
+
 def open_regular(path: pathlib.Path) -> BinaryIO:
   """Opens a regular file for reading, and never waits for a writer.
 
@@ -51,7 +58,7 @@ def open_regular(path: pathlib.Path) -> BinaryIO:
 def read_bounded(path: pathlib.Path, limit: int) -> bytes:
   """Returns the content of a regular file of at most `limit` bytes.
 
-  Raises as `open_regular` does, and ValueError for a larger file and for a git-lfs pointer.
+  Raises as `open_regular` does, ValueError for a larger file, PointerError for a git-lfs pointer.
   """
   with open_regular(path) as file:
     # The size of a file that grows, or of one in /proc, says nothing: one byte more is asked for.
@@ -60,7 +67,7 @@ def read_bounded(path: pathlib.Path, limit: int) -> bytes:
   if max(size, len(content)) > limit:
     raise ValueError(f"has {max(size, len(content)):,} bytes: at most {limit:,}")
   if is_pointer(content):
-    raise ValueError(POINTER)
+    raise PointerError()
   return content
 
 
