@@ -42,6 +42,8 @@ class Args:
   """Folder of a run that train.py wrote."""
   step: int | None = None
   """Checkpoint to evaluate; the newest one that is sound if left out."""
+  data_path: pathlib.Path | None = None
+  """Folder or file of the run's text, where it has moved; its digest must be the same."""
   batches: int | None = None
   """Validation batches to read; all of them if left out."""
   prompt: tuple[str, ...] = ()
@@ -72,8 +74,7 @@ def main() -> int:
     return 0
   with contextlib.ExitStack() as stack:
     saved = stack.enter_context(load_run(args.run, args.step, log))
-    text = saved.config.data.model_copy(update={"tokenizer": str(args.run / TOKENIZER)})
-    cfg = saved.config.model_copy(update={"data": text})
+    cfg = with_own_text(saved.config, args)
     data = prepare(cfg, log)
     check_fingerprint(saved.meta, data.fingerprint(), str(args.run))
     setup = make_setup(cfg, data.vocabulary.layout, evaluation_mesh(cfg))
@@ -87,6 +88,18 @@ def main() -> int:
   else:
     show(result)
   return 0
+
+
+def with_own_text(cfg: Config, args: Args) -> Config:
+  """The config with the run's own tokenizer, and its text where it lies now."""
+  update = {"tokenizer": str(args.run / TOKENIZER)}
+  if args.data_path is not None:
+    if cfg.data.path is None:
+      raise ConfigError(
+        f"--data_path {args.data_path}: data.source={cfg.data.source!r} of the run is no file"
+      )
+    update["path"] = str(args.data_path)
+  return cfg.model_copy(update={"data": cfg.data.model_copy(update=update)})
 
 
 def evaluation_mesh(cfg: Config) -> Mesh:

@@ -32,6 +32,7 @@ from engram_jax.core.metrics import MetricsWriter
 from engram_jax.core.periodic_saves import PeriodicSaves
 from engram_jax.core.profiling import TraceWindow, matmul_peak
 from engram_jax.core.resume import find_start
+from engram_jax.core.run_changes import require_steps_left
 from engram_jax.core.run_directory import (
   CHECKPOINTS,
   PROFILE,
@@ -107,11 +108,12 @@ def train_run(cfg: Config, stop: StopRequest) -> int:
       log("checkpoints are used without a look at their digests: train.verify_checkpoints=False")
 
     # --- a new run, or the newest checkpoint of an existing one -----------------------------
-    check_tokenizer_file(run.path / TOKENIZER, data.vocabulary.tokenizer_digest)
     start = find_start(cfg, run, checkpoints, log)
+    require_steps_left(cfg, start or 0)
     meta = checkpoints.meta(start) if start is not None else {}
     if meta:
       check_fingerprint(meta, fingerprint, str(run.path))
+    check_tokenizer_file(run.path / TOKENIZER, data.vocabulary.tokenizer_digest)
     if start == train.steps:
       log(f"{run.path} is finished ({start} steps); for another run choose another --run.name")
       return 0
@@ -126,6 +128,9 @@ def train_run(cfg: Config, stop: StopRequest) -> int:
       state = restore_state(checkpoints, start, setup)
       log(f"resumed {run.path} after step {start}")
     state = with_layout(setup, state)
+    for change in run.changes:
+      log(f"from step {start + 1} on {change.field} is {change.now!r}, {change.before!r} before")
+    run.write_changes(start)
 
     # --- the loop ---------------------------------------------------------------------------
     writer = stack.enter_context(
@@ -162,6 +167,8 @@ def train_run(cfg: Config, stop: StopRequest) -> int:
       if evaluating or step % train.log_every == 0:
         values = {name: float(metrics[name]) for name in metrics if name not in NOT_LOGGED}
         values |= clock.read(flops, peak) | tables.counts(state.tables) | saves.metrics()
+        if run.changes:
+          values["config_changed_after_step"] = start
         report(step, values, bar)
         if evaluating:
           with clock.stopped(), contextlib.closing(validation.iterate()) as examples:

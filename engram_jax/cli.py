@@ -5,6 +5,7 @@ dicts, so that every check and message is config's own.
 """
 
 import argparse
+import pathlib
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -30,23 +31,53 @@ DEFAULT_CONFIG = "configs/tiny.yaml"
 def parse_config(prog: str, description: str, argv: Sequence[str] | None = None) -> Config:
   """The config of `--config FILE` (default configs/tiny.yaml) with the other options laid over it.
 
+  Without `--config`, `--train.init_from RUN` sets the model section and tokenizer of that run.
+
   Raises ConfigError for values that contradict; leaves with code 2 for options it does not know.
   """
   parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  parser.add_argument("--config", default=DEFAULT_CONFIG)
+  parser.add_argument("--config")
   args, options = parser.parse_known_args(argv)
   _check_unrepeated(options)
-  about = f"{description}\n\n--config FILE sets the defaults below (now: {args.config})."
+  default, origin = _defaults(args.config, _value_of("--train.init_from", options))
+  about = f"{description}\n\n--config FILE sets the defaults below (now: {origin})."
   tree = tyro.cli(
     Config,
     prog=prog,
     description=about,
     args=options,
-    default=load_config(args.config),
+    default=default,
     registry=_dict_registry(),
     config=(tyro.conf.FlagConversionOff,),  # `--field True`, as for every other field
   )
   return build(cast(dict[str, Any], tree), where="command line")  # dicts, by the registry
+
+
+def _defaults(config: str | None, init_from: str) -> tuple[Config, str]:
+  """(the config that options are laid over, where it comes from)."""
+  if config is not None or not init_from:
+    return load_config(config or DEFAULT_CONFIG), config or DEFAULT_CONFIG
+  run = pathlib.Path(init_from)
+  saved = run / "config.yaml"  # not by core.run_directory, which imports jax
+  if not saved.is_file():
+    raise ConfigError(
+      f"train.init_from={init_from!r}: no config.yaml there; give a folder that train.py wrote"
+    )
+  data = {"tokenizer": str(run / "tokenizer.json")}
+  default = load_config(DEFAULT_CONFIG)
+  default = default.model_copy(
+    update={"model": load_config(saved).model, "data": default.data.model_copy(update=data)}
+  )
+  return default, f"{DEFAULT_CONFIG} with the model of {init_from}"
+
+
+def _value_of(name: str, options: Sequence[str]) -> str:
+  """The value of an option in either form, `--a.b VALUE` or `--a.b=VALUE`; empty without it."""
+  for option, following in zip(options, [*options[1:], ""], strict=True):
+    given, equals, value = option.partition("=")
+    if given.replace("-", "_") == name.replace("-", "_"):
+      return value if equals else following
+  return ""
 
 
 def _check_unrepeated(options: Sequence[str]) -> None:

@@ -247,3 +247,12 @@ def share_programs(commands: list[ModuleType]) -> None:
   for command in commands:
     for name in make.keys() & vars(command).keys():
       setattr(command, name, make[name])
+
+
+@pytest.fixture(scope="module")
+def beside_the_text(built, tmp_path_factory) -> Iterator[None]:
+  """Tests run where the corpus's folder lies, as a run imported from an export names it."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(built.folder)
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user_cache")))
+    yield

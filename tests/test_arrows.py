@@ -42,7 +42,7 @@ WITHOUT_JAX = [
   f"memory/{name}.py"
   for name in ("codecs", "compress", "hash_layout", "hashing", "vocabulary", "dialects/qwen_ple")
 ]
-WITHOUT_JAX += [str(path.relative_to(PACKAGE)) for path in sorted((PACKAGE / "data").glob("*.py"))]
+WITHOUT_JAX += [str(path.relative_to(PACKAGE)) for path in sorted((PACKAGE / "data").rglob("*.py"))]
 
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 

@@ -21,7 +21,7 @@ import tyro
 from tqdm import tqdm
 
 from engram_jax.cli import log
-from engram_jax.config import Config, build
+from engram_jax.config import NAMED_TOKENIZERS, Config, build
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.rules import path_name
 from engram_jax.core.run_directory import CHECKPOINTS
@@ -208,9 +208,10 @@ def check_export(folder: Folder, run: pathlib.Path) -> ExportedRun:
 
 def with_run_directory(cfg: Config, run: pathlib.Path) -> Config:
   """The config for a run in the folder `run`; ConfigError for a name that a run cannot have."""
-  directory = run.absolute()
   tree = cfg.model_dump()
-  tree["run"] |= {"root": str(directory.parent), "name": directory.name}
+  tree["run"] |= {"root": str(run.parent), "name": run.absolute().name}
+  if cfg.data.tokenizer not in NAMED_TOKENIZERS:
+    tree["data"]["tokenizer"] = str(run / RUN_TOKENIZER)
   return build(tree, f"--run {run}")
 
 

@@ -21,6 +21,7 @@ from engram_jax.config.model import (
 )
 from engram_jax.config.run import (
   FILE_SOURCES,
+  NAMED_TOKENIZERS,
   Config,
   DataConfig,
   DistributedConfig,
@@ -35,6 +36,7 @@ __all__ = [
   "DIALECTS",
   "FILE_SOURCES",
   "MAX_ROWS",
+  "NAMED_TOKENIZERS",
   "TABLE_OPTIMIZERS",
   "AttentionConfig",
   "Config",

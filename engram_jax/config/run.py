@@ -19,13 +19,25 @@ from engram_jax.config.model import (
 )
 from engram_jax.errors import ConfigError
 
+NAMED_TOKENIZERS = ("bpe", "deepseek")  # any other value of data.tokenizer is a path
 FILE_SOURCES = ("text", "jsonl", "parquet", "array_record")
 
 
 class DataConfig(Frozen):
   """Text, tokenizer, and the examples made of them."""
 
-  source: Literal["wiki", "stdlib", "text", "jsonl", "parquet", "array_record"] = "wiki"
+  source: Literal[
+    "wiki",
+    "english",
+    "english_large",
+    "chinese",
+    "stdlib",
+    "text",
+    "jsonl",
+    "parquet",
+    "array_record",
+  ] = "wiki"
+  """Wikipedia's leads; three larger corpora (docs/data.md); Python's own library; own files."""
   path: str | None = None
   """File or folder, for the sources that read the user's own files."""
   text_field: str = "text"
@@ -248,6 +260,9 @@ class RunConfig(Frozen):
   tensorboard: bool = True
   start_over: bool = False
   """Begin again at step 0 where no checkpoint of the run can be used; what is there moves aside."""
+  extend: bool = False
+  """Go on from the newest checkpoint with other steps, rates, schedule or order of windows than the
+  run was made with; they are written down in its folder."""
   log_level: Literal["info", "debug"] = "info"
 
   @property

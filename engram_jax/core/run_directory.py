@@ -1,8 +1,7 @@
 """A run's folder: config.yaml, tokenizer.json, metrics.jsonl, checkpoints/, tensorboard/.
 
-A folder belongs to one resolved config for good: the same config resumes it, another is refused.
-Only the fields of `_CHANGEABLE`, such as the number of devices, may change from one start to the
-next.
+A folder belongs to one resolved config: the same config resumes it, another is refused, but for the
+fields that core/run_changes.py lets change from one start to the next.
 
 With several processes all call these functions; process 0 alone reads, writes and locks, and its
 result or error is that of all.
@@ -18,10 +17,11 @@ import socket
 from collections.abc import Iterable
 from typing import IO, Any
 
-from engram_jax.config import Config, load_config
-from engram_jax.config.bounded import PointerError, read_bounded, shorten
+from engram_jax.config import NAMED_TOKENIZERS, Config, load_config
+from engram_jax.config.bounded import PointerError, read_bounded, shorten, user_path
 from engram_jax.core.distributed import is_main, on_main
 from engram_jax.core.manifest import PARTIAL, replace_file
+from engram_jax.core.run_changes import Change, find_changes, write_changes
 from engram_jax.errors import ConfigError, StorageError
 
 CONFIG = "config.yaml"
@@ -48,7 +48,7 @@ def check_config(cfg: Config) -> bool:
 def _check_readable(cfg: Config) -> bool:
   try:
     _check_unused(cfg)
-    return _check_config(cfg)
+    return _check_config(cfg)[0]
   except OSError as error:
     raise StorageError(f"run folder {cfg.run.directory} cannot be read: {error}") from None
 
@@ -84,7 +84,8 @@ def _holder(directory: pathlib.Path) -> str:
   return f" (process {pid} on {host}, since {started})"
 
 
-def _check_config(cfg: Config) -> bool:
+def _check_config(cfg: Config) -> tuple[bool, list[Change]]:
+  """Says whether the run exists, and what of its config has changed."""
   directory = cfg.run.directory
   saved = directory / CONFIG
   if not saved.exists():
@@ -94,15 +95,18 @@ def _check_config(cfg: Config) -> bool:
         f"run.name={cfg.run.name!r}: {directory} holds {foreign[0]!r} but no {CONFIG}: not a run "
         "of this project; choose another --run.name"
       )
-    return False
-  different = _differences(_flat(load_config(saved).model_dump()), _flat(cfg.model_dump()))
-  if different:
-    lines = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in different)
-    raise ConfigError(
-      f"run.name={cfg.run.name!r}: {directory} was made with another config:\n{lines}\n"
-      "give the same values to resume it, or another --run.name"
-    )
-  return True
+    return False, []
+  return True, find_changes(load_config(saved), absolute_paths(cfg))
+
+
+def absolute_paths(cfg: Config) -> Config:
+  """The config with the paths of its text made absolute: a run is opened from any folder."""
+  full = lambda path: str(user_path(path, "data.path").absolute())
+  data = cfg.data
+  update = {"path": full(data.path)} if data.path is not None else {}
+  if data.tokenizer not in NAMED_TOKENIZERS:
+    update["tokenizer"] = full(data.tokenizer)
+  return cfg.model_copy(update={"data": data.model_copy(update=update)})
 
 
 class RunDirectory:
@@ -111,6 +115,7 @@ class RunDirectory:
   Attributes:
     path: of the folder.
     is_existing: the run existed already when it was locked.
+    changes: to its config, which `write_changes` writes down once it goes on.
 
   A tokenizer.json that is missing is written again.
 
@@ -119,10 +124,11 @@ class RunDirectory:
   """
 
   def __init__(self, cfg: Config, tokenizer_json: str):
-    self.path = cfg.run.directory
-    self.is_existing = on_main(lambda: self._open(cfg, tokenizer_json))
+    self.path, self._config = cfg.run.directory, absolute_paths(cfg)
+    self.is_existing, found = on_main(lambda: self._open(cfg, tokenizer_json))
+    self.changes = [Change(*change) for change in found]
 
-  def _open(self, cfg: Config, tokenizer_json: str) -> bool:
+  def _open(self, cfg: Config, tokenizer_json: str) -> tuple[bool, list[Change]]:
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._lock = open(self.path / _LOCK, "a")  # noqa: SIM115 (held until __exit__)
@@ -130,13 +136,13 @@ class RunDirectory:
       raise StorageError(f"run folder {self.path} cannot be written: {error}") from None
     try:
       _acquire(self._lock, cfg)
-      known = _check_config(cfg)
+      known, changes = _check_config(cfg)
       self._describe_holder()
       tokenizer = self.path / TOKENIZER
       if not known or not tokenizer.exists():
         replace_file(tokenizer, tokenizer_json.encode())
       if not known:  # last: with it the folder is a run
-        replace_file(self.path / CONFIG, cfg.to_yaml().encode())
+        replace_file(self.path / CONFIG, self._config.to_yaml().encode())
       self._identity = _identity(self.path)
     except OSError as error:
       self._lock.close()
@@ -144,7 +150,12 @@ class RunDirectory:
     except BaseException:
       self._lock.close()
       raise
-    return known
+    return known, changes
+
+  def write_changes(self, step: int) -> None:
+    """Writes the changes to the run's config down, as holding from after this step on."""
+    if self.changes:
+      on_main(lambda: write_changes(self.path, CONFIG, self._config, step, self.changes))
 
   def _describe_holder(self) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -247,43 +258,3 @@ def _advise_model(path: pathlib.Path) -> str:
     f"it is {what}, not a run; `convert import` makes a run of what `convert export` wrote, and of "
     f"nothing else; `python -m engram_jax inspect --checkpoint {path}` reads released memories"
   )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for key, value in tree.items():
-    nested = isinstance(value, dict)
-    flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-  return flat
-
-
-# The folder, the input threads, the devices and the compiled programs of a run do not change what
-# its numbers mean. A name that ends in a dot stands for all fields below it.
-_CHANGEABLE = (
-  "run.root",
-  "run.tensorboard",
-  "run.start_over",
-  "run.log_level",
-  "train.failed_saves_limit",
-  "train.verify_checkpoints",
-  "train.profile",
-  "data.threads",
-  "data.workers",
-  "data.cache",
-  "mesh.",
-  "distributed.",
-  "model.attention.kernel",
-  "model.scan_layers",
-  "model.remat",
-  "model.moe.dispatch",
-  "model.engram.exchange_capacity",
-  "model.engram.placement",
-)
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-  return [(k, old[k], new[k]) for k in old if not _is_changeable(k) and old[k] != new[k]]
-
-
-def _is_changeable(key: str) -> bool:
-  return any(key.startswith(name) if name.endswith(".") else key == name for name in _CHANGEABLE)

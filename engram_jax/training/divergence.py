@@ -54,9 +54,10 @@ class Divergence:
       raise NonFiniteError(
         f"{streak} steps in a row had a loss or gradient that is not finite "
         f"(train.nonfinite_limit={self._limit}), the last of them {where}. Parameters are as they "
-        f"were after step {step - streak}, the last before them; start another run from them: "
-        f"--run.name NAME --train.init_from {self._run}, with a lower "
-        "--train.optimizer.learning_rate"
+        f"were after step {step - streak}, the last before them. The same command meets the same "
+        "batches again; go on from the newest checkpoint with --run.extend True and a lower "
+        "--train.optimizer.learning_rate or another --data.seed, or start another run from it: "
+        f"--run.name NAME --train.init_from {self._run}"
       )
     if streak == 1:
       self._report(f"{where}: not finite; the step changed nothing")

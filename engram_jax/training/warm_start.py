@@ -111,7 +111,8 @@ def _check_shapes(run: str, old: TrainState, new: TrainState) -> None:
     shape = lambda x: "nothing" if x is None else f"{x.dtype} {list(x.shape)}"
     raise ConfigError(
       f"train.init_from={run!r} is another model: {path.partition('/')[2]} is {shape(a)} there, "
-      f"{shape(b)} here; give it the same model section, apart from a memory"
+      f"{shape(b)} here; without --config it takes that run's model section: `python train.py "
+      f"--train.init_from {run} --run.name NAME`, with --model.engram.* for a memory"
     )
 
 

@@ -39,6 +39,7 @@ from engram_jax.memory.compress import TokenCompressor
 from engram_jax.training.state import flush, make_setup, restore_state
 
 # Rows that lag behind and are stored in two bytes: an export must bring them up to date first.
+pytestmark = pytest.mark.usefixtures("beside_the_text")
 OPTIONS = ("--train.optimizer.table", "adam_catch_up", "--model.engram.table_dtype", "bfloat16")
 INDEX = "model.safetensors.index.json"
 
@@ -126,13 +127,8 @@ def test_exporting_the_import_gives_the_same_bytes(exported, imported, command, 
   assert command("convert", "export", *argv).code == 0
   names = {path.name for path in exported.iterdir()}
   assert {path.name for path in (tmp_path / "e").iterdir()} == names
-  for name in names - {"config.json", "SHA256SUMS"}:  # the one names the run, the other that one
+  for name in names:
     assert (tmp_path / "e" / name).read_bytes() == (exported / name).read_bytes(), name
-  first, second = (
-    json.loads((folder / "config.json").read_text()) for folder in (exported, tmp_path / "e")
-  )
-  assert first["config"].pop("run") != second["config"].pop("run")  # it names the folder
-  assert first == second
 
 
 def test_the_safetensors_library_reads_the_state_of_the_export(run, exported):
@@ -163,6 +159,31 @@ def test_a_reader_of_the_export_finds_what_the_run_holds(run, exported):
     module = reader.module(1)
     for name, array in state.params["blocks"][1]["engram"].items():
       np.testing.assert_array_equal(getattr(module, name)[...], array)
+
+
+def test_nothing_of_the_machine_leaves_with_an_export(lab, run, exported, imported):
+  text = lab.config.parent / "text"
+  assert open_run(run).data.path == str(text)
+  for path in exported.rglob("*.json"):
+    for word in (str(lab.folder), str(text.parent), str(pathlib.Path.home())):
+      assert word not in path.read_text(), path
+  cfg = open_run(imported)
+  assert (cfg.data.path, cfg.data.cache) == ("text", None)
+  assert cfg.model_copy(update={"data": None, "run": None}) == open_run(run).model_copy(
+    update={"data": None, "run": None}
+  )
+
+
+def test_an_imported_run_finds_text_that_lies_elsewhere(lab, run, imported, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  argv = ("--json", "--tokens", "0")
+  lost = lab.evaluation(imported, *argv)
+  assert lost.code == 2
+  assert "data.path='text': no such file or folder" in lost.err
+  found = lab.evaluation(imported, *argv, "--data_path", lab.config.parent / "text")
+  assert found.code == 0, found.err
+  here, there = json.loads(found.out), json.loads(lab.evaluation(run, *argv).out)
+  assert here["memory_on"] == there["memory_on"]
 
 
 def test_a_run_is_not_written_over(run, exported, command):

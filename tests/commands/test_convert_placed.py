@@ -10,6 +10,8 @@ from engram_jax.core import manifest
 from engram_jax.inference.stores.file import FileRows
 from engram_jax.tables.saved_run import load_run
 
+pytestmark = pytest.mark.usefixtures("beside_the_text")
+
 # From step 12 on nothing moves, unless the schedule is another than the run's.
 DECAYED = ("--train.schedule.decay_at", 0.5, "--train.schedule.decay_to", 0)
 BF16 = ("--model.engram.table_dtype", "bfloat16")

@@ -1,8 +1,11 @@
 """A run's folder belongs to one config, whatever devices it runs on."""
 
+import json
+
 import pytest
 
 from engram_jax.config import load_config
+from engram_jax.core.run_changes import HISTORY
 from engram_jax.core.run_directory import RunDirectory, check_config
 from engram_jax.errors import ConfigError
 
@@ -30,6 +33,15 @@ def run(tmp_path):
     ("model.remat", "block"),
     ("model.moe.dispatch", "dense"),
     ("model.engram.exchange_capacity", 2.0),
+    ("train.log_every", 3),
+    ("train.eval_every", 7),
+    ("train.checkpoint_every", 5),
+    ("train.accumulate", 2),
+    ("train.nonfinite_limit", 3),
+    ("train.sample_prompt", "def"),
+    ("data.workers", 2),
+    ("data.source", "stdlib"),  # the digest of its text is compared later
+    ("data.tokenizer", "deepseek"),
   ],
 )
 def test_a_run_goes_on_over_other_devices_and_with_other_programs(run, field, value):
@@ -40,6 +52,42 @@ def test_a_run_goes_on_over_other_devices_and_with_other_programs(run, field, va
 def test_a_run_does_not_go_on_with_another_config(run, field, value):
   with pytest.raises(ConfigError, match=rf"{field}: \d+ there, {value} now"):
     check_config(config(run, **{field: value}))
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("train.steps", 800),
+    ("train.optimizer.learning_rate", 1e-4),
+    ("train.schedule.kind", "cosine"),
+    ("data.seed", 1),
+  ],
+)
+def test_what_changes_the_steps_to_come_is_taken_by_saying_so_and_written_down(run, field, value):
+  with pytest.raises(ConfigError, match=rf"(?s){field}: .* there, .*--run\.extend True goes on"):
+    check_config(config(run, **{field: value}))
+  extended = config(run, **{field: value, "run.extend": True})
+  assert check_config(extended)
+  with RunDirectory(extended, "{}") as folder:
+    assert [change.field for change in folder.changes] == [field]
+    folder.write_changes(4)
+    folder.write_changes(4)  # killed between the two files, and started again
+  assert check_config(config(run, **{field: value}))  # now that it is the run's own
+  (line,) = (extended.run.directory / HISTORY).read_text().splitlines()
+  entry = json.loads(line)
+  assert entry["after_step"] == 4
+  assert entry["changes"][field]["now"] == value
+  with pytest.raises(ConfigError, match=r"train\.batch_size: \d+ there, 32 now(?s:.*)name$"):
+    check_config(config(run, **{"train.batch_size": 32, "run.extend": True}))
+
+
+def test_a_run_finds_its_text_from_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  text = {"data.source": "text", "data.path": "books", "data.tokenizer": "t.json"}
+  with RunDirectory(config(tmp_path / "runs", **text), "{}") as folder:
+    saved = load_config(folder.path / "config.yaml")
+  assert saved.data.path == str(tmp_path / "books")
+  assert saved.data.tokenizer == str(tmp_path / "t.json")
 
 
 def test_what_another_process_made_of_the_folder_meanwhile_is_seen(tmp_path):

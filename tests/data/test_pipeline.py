@@ -415,11 +415,12 @@ def test_empty_corpus_and_one_document_are_refused_and_leave_nothing(tmp_path):
 
 def test_data_imports_no_jax():
   folder = pathlib.Path(data_pipeline.__file__).parent
-  for path in folder.glob("*.py"):
+  for path in folder.rglob("*.py"):
     for node in ast.walk(ast.parse(path.read_text())):
       names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
       names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
       assert not [name for name in names if name.split(".")[0] in ("jax", "flax")], path
-  modules = [f"engram_jax.data.{path.stem}" for path in folder.glob("[!_]*.py")]
+  paths = [path.relative_to(folder.parents[1]) for path in folder.rglob("[!_]*.py")]
+  modules = [".".join(path.with_suffix("").parts) for path in paths]
   code = f"import sys, {', '.join(modules)}; assert 'jax' not in sys.modules"
   subprocess.run([sys.executable, "-c", code], check=True, cwd=folder.parents[1])

