@@ -21,6 +21,7 @@ _STARTS = {
   b"PAR1": "a Parquet file",
   b"ARROW1": "an Arrow file",
   b"SQLite format 3\0": "an SQLite database",
+  b"\xff\xfe\0\0": "UTF-32 text",
   b"\xff\xfe": "UTF-16 text",
   b"\xfe\xff": "UTF-16 text",
 }

@@ -164,7 +164,7 @@ def _record(record: bytes, where: str, name: str, names: SourceNames) -> Documen
 
 def _unreadable(path: pathlib.Path, kind: str, place: str, error: Exception) -> DataError:
   mistake = name_mistake_of(path)
-  if mistake and not (kind == "Parquet" and "PAR1" in mistake):
+  if mistake and f"a {kind} file" not in mistake:
     return DataError(f"{path}: not a readable {kind} file: it {mistake}")
   problem = cut(str(error), _MESSAGE) or type(error).__name__
   return DataError(f"{path}: not a readable {kind} file{place and f' {place}'}: {problem}")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from engram_jax.config import DataConfig
-from engram_jax.config.bounded import shorten, user_path
+from engram_jax.config.bounded import HEAD_BYTES, name_mistake, shorten, user_path
 from engram_jax.data import folders, unpack
 from engram_jax.data.columns import read_array_record, read_parquet
 from engram_jax.data.rows import BadRow, Document, Row, SourceNames, attempt, keep_good
@@ -181,7 +181,8 @@ def _json_document(
   where, valid = line.where, f"a line is a JSON object with a string {field!r} (data.text_field)"
   row = _parse_json(line, valid)
   if not isinstance(row, dict):
-    raise BadRow("no object", where, f"a JSON {_JSON_NAMES[type(row)]}; {valid}")
+    hint = _LINES_OF_ARRAY if isinstance(row, list) else ""
+    raise BadRow("no object", where, f"a JSON {_JSON_NAMES[type(row)]}; {valid}{hint}")
   if field not in row:
     keys = ", ".join(map(shorten, itertools.islice(row, 20))) or "(none)"
     raise BadRow(f"without {field!r}", where, f"has the keys {keys}; {valid}")
@@ -210,15 +211,29 @@ def _parse_json(line: Line, valid: str) -> Any:
   try:
     return json.loads(text)
   except json.JSONDecodeError as error:
-    problem = f"not JSON: {error}"
-    if line.number == 1 and text.strip() in ("{", "["):
-      problem += "; the file seems to be one value over several lines"
+    problem = f"not JSON: {error}{_name_cause(line)}"
   except (ValueError, RecursionError):  # an integer of more digits than Python parses, or nesting
     try:
       return json.loads(text, parse_int=_parse_integer)
     except (ValueError, RecursionError) as error:
       problem = f"not JSON: {error}"
   raise BadRow("not JSON", line.where, f"{problem}; {valid}")
+
+
+def _name_cause(line: Line) -> str:
+  """What a line that is no JSON shows of its file, for a message; empty where it shows nothing."""
+  start = line.content.strip()
+  mistake = name_mistake(start[:HEAD_BYTES]) if line.number == 1 else None
+  if mistake:
+    return f"; it {mistake}"
+  if b"\0" in start:
+    return "; it holds NUL bytes, as UTF-16 does and a file that was not written to its end"
+  if line.number == 1 and start in (b"{", b"["):
+    return f"; the file seems to be one value over several lines{_LINES_OF_ARRAY}"
+  return ""
+
+
+_LINES_OF_ARRAY = ": `jq -c '.[]'` makes lines of a list"
 
 
 def _parse_integer(digits: str) -> int | float:
