@@ -22,6 +22,7 @@ from tyro.constructors import (
 
 from engram_jax.config import Config, build, load_config
 from engram_jax.core import watchdog
+from engram_jax.core.terminal import flush_streams, prepare_streams
 from engram_jax.errors import EXIT_STOPPED, ConfigError, EngramError
 
 DEFAULT_CONFIG = "configs/tiny.yaml"
@@ -118,15 +119,13 @@ def run_command(main: Callable[[], int | None]) -> None:
   With several processes, an error that comes of another's loss is reported as that.
   """
   message = ""
+  prepare_streams()
   try:
-    code = main() or 0
+    code = _run(main)
   except EngramError as error:
     watchdog.settle(error)
     message, code = str(error), error.exit_code
     print(f"error: {message}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
-  except BrokenPipeError:  # the reader of our output has closed it (`| head`)
-    code = 0
-    sys.stderr.close()
   except KeyboardInterrupt as error:
     watchdog.settle(error)
     print("stopped by Ctrl-C", file=sys.stderr)
@@ -137,6 +136,18 @@ def run_command(main: Callable[[], int | None]) -> None:
   if code not in (0, EXIT_STOPPED):
     watchdog.leave(code, message)
   sys.exit(code)
+
+
+def _run(main: Callable[[], int | None]) -> int:
+  """The code of `main`, also where it leaves by itself, once all that it printed is written."""
+  try:
+    code = main() or 0
+  except SystemExit as left:  # `--help`, and options that the parser refuses
+    if not isinstance(left.code, int | None):
+      raise
+    code = left.code or 0
+  flush_streams()
+  return code
 
 
 def run_kind(

@@ -8,6 +8,24 @@ from typing import Any, BinaryIO
 from engram_jax.errors import ConfigError
 
 SHOWN_CHARACTERS = 100  # of a value, in a message
+POINTER = "is a git-lfs pointer: the file itself was not fetched; `git lfs pull` fetches it"
+HEAD_BYTES = 512  # of a file, enough to see what it is
+_POINTER_START = b"version https://git-lfs.github.com/spec/"
+_MAX_POINTER_BYTES = 1024  # git-lfs's own limit
+_STARTS = {
+  b"\x1f\x8b": "gzip data",
+  b"\x28\xb5\x2f\xfd": "Zstandard data",
+  b"\xfd7zXZ\0": "xz data",
+  b"BZh": "bzip2 data",
+  b"PK\x03\x04": "a zip archive",
+  b"PAR1": "a Parquet file",
+  b"ARROW1": "an Arrow file",
+  b"SQLite format 3\0": "an SQLite database",
+  b"\xff\xfe\0\0": "UTF-32 text",
+  b"\xff\xfe": "UTF-16 text",
+  b"\xfe\xff": "UTF-16 text",
+}
+_PAGE_STARTS = (b"<!doctype html", b"<html")
 _KINDS = {
   stat.S_IFDIR: "a folder",
   stat.S_IFIFO: "a pipe",
@@ -15,6 +33,13 @@ _KINDS = {
   stat.S_IFBLK: "a device",
   stat.S_IFSOCK: "a socket",
 }
+
+
+class PointerError(ValueError):
+  """A git-lfs pointer where a file was expected."""
+
+  def __init__(self):
+    super().__init__(POINTER)
 
 
 def open_regular(path: pathlib.Path) -> BinaryIO:
@@ -34,7 +59,7 @@ def open_regular(path: pathlib.Path) -> BinaryIO:
 def read_bounded(path: pathlib.Path, limit: int) -> bytes:
   """Returns the content of a regular file of at most `limit` bytes.
 
-  Raises as `open_regular` does, and ValueError for a larger file.
+  Raises as `open_regular` does, ValueError for a larger file, PointerError for a git-lfs pointer.
   """
   with open_regular(path) as file:
     # The size of a file that grows, or of one in /proc, says nothing: one byte more is asked for.
@@ -42,7 +67,33 @@ def read_bounded(path: pathlib.Path, limit: int) -> bytes:
     content = file.read(limit + 1) if size <= limit else b""
   if max(size, len(content)) > limit:
     raise ValueError(f"has {max(size, len(content)):,} bytes: at most {limit:,}")
+  if is_pointer(content):
+    raise PointerError()
   return content
+
+
+def is_pointer(head: bytes) -> bool:
+  """Returns True for the content of a git-lfs pointer, which stands for a file not fetched."""
+  return head.startswith(_POINTER_START) and len(head) <= _MAX_POINTER_BYTES
+
+
+def name_mistake(head: bytes) -> str | None:
+  """Says what a file is whose first bytes are not those expected; None where they tell nothing."""
+  if is_pointer(head):
+    return POINTER
+  if head.lstrip().lower().startswith(_PAGE_STARTS):
+    return "is an HTML page, as a server sends in place of a file that it has not"
+  kind = next((kind for start, kind in _STARTS.items() if head.startswith(start)), None)
+  return f"is {kind} by its first bytes" if kind else None
+
+
+def name_mistake_of(path: pathlib.Path) -> str | None:
+  """`name_mistake` of a file on disk; None also where it cannot be read."""
+  try:
+    with open_regular(path) as file:
+      return name_mistake(file.read(HEAD_BYTES))
+  except (OSError, ValueError):
+    return None
 
 
 def user_path(text: str, field: str) -> pathlib.Path:

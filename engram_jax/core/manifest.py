@@ -27,7 +27,14 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 from pydantic import AfterValidator, Field
 
-from engram_jax.config.bounded import cut, read_bounded, shorten
+from engram_jax.config.bounded import (
+  POINTER,
+  PointerError,
+  cut,
+  name_mistake_of,
+  read_bounded,
+  shorten,
+)
 from engram_jax.errors import StorageError
 
 NAME = "manifest.json"
@@ -102,6 +109,8 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
     text = read_bounded(path, MAX_BYTES)
   except OSError as error:
     raise ManifestError(_problem_of(error, path, ": the checkpoint was never completed")) from None
+  except PointerError as error:
+    raise ManifestError(Problem("unreadable", f"{path} {error}")) from None
   except ValueError as error:
     raise _damaged(path, f"it {error}") from None
   try:
@@ -181,6 +190,8 @@ def _difference(path: pathlib.Path, expected: dict[str, Any], content: bool) -> 
     if not stat.S_ISREG(status.st_mode):
       return Problem("damaged", f"{path} is no longer a file")
     if status.st_size != expected["bytes"]:
+      if name_mistake_of(path) == POINTER:  # which says nothing against the file behind it
+        return Problem("unreadable", f"{path} {POINTER}")
       says = f"{path} has {status.st_size} bytes, its manifest says {expected['bytes']}"
       return Problem("damaged", says)
     if content and _describe(path) != expected:

@@ -51,7 +51,14 @@ FREE = (
   "model.engram.placement",
 )
 # Compared by the digests of the text and of the tokenizer that every checkpoint holds.
-BY_DIGEST = ("data.source", "data.path", "data.text_field", "data.tokenizer")
+BY_DIGEST = (
+  "data.source",
+  "data.path",
+  "data.text_field",
+  "data.source_field",
+  "data.bad_rows",
+  "data.tokenizer",
+)
 EXTENDABLE = (
   "train.steps",
   "train.z_loss",

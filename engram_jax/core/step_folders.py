@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from engram_jax.config.bounded import read_bounded
+from engram_jax.config.bounded import PointerError, read_bounded
 from engram_jax.core import manifest
 from engram_jax.core.manifest import ManifestError, Problem
 from engram_jax.core.saved_arrays import as_storage_error
@@ -76,6 +76,8 @@ class StepFolders:
       return None
     except OSError as error:
       raise StorageError(f"{self.newest_path} cannot be read: {error.strerror}") from None
+    except PointerError as error:
+      raise StorageError(f"{self.newest_path} {error}") from None
     except (ValueError, TypeError, KeyError):
       step = None
     if type(step) is not int or step < 0:

@@ -1,82 +1,120 @@
 """Documents from the user's own files: plain text, JSON lines, Parquet and ArrayRecord.
 
-`data.path` is a file or a folder. In a folder, every file with one of the format's suffixes is
-read, in the order of their names. A document's source in evaluations is the name of its file, or of
-the folder directly below `data.path` that holds it.
+`data.path` is a file or a folder. Of a folder `folders.walk` says which files are read, in the
+order of their names. A document's source in evaluations is what its row names
+(`data.source_field`), or else its file's name, or the name of the folder directly below `data.path`
+that holds it.
 
-What a reader holds at once is bounded by LINE_BYTES, or by a file that is one document.
+What a reader holds at once is bounded by unpack.LINE_BYTES, or by a file that is one document.
 """
 
-import gzip
 import itertools
 import json
+import math
 import pathlib
-import zlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from engram_jax.config import DataConfig
-from engram_jax.config.bounded import read_bounded, shorten, user_path
+from engram_jax.config.bounded import HEAD_BYTES, name_mistake, shorten, user_path
+from engram_jax.data import folders, unpack
+from engram_jax.data.columns import read_array_record, read_parquet
+from engram_jax.data.rows import BadRow, Document, Row, SourceNames, attempt, keep_good
+from engram_jax.data.unpack import Line, decode, read_lines
 from engram_jax.errors import ConfigError, DataError
 
-SUFFIXES = {
-  "text": (".txt", ".md", ".rst", ".text"),
-  "jsonl": (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz"),
-  "parquet": (".parquet", ".pq"),
-  "array_record": (".array_record", ".arrayrecord"),
-}
+READER_VERSION = 2  # part of a corpus's identity: raise it when files give other documents
 PIECE_CHARACTERS = 8192  # of a single text file: about 2,000 tokens
-ARRAY_RECORD_BATCH = 256
-PARQUET_BATCH = 256  # rows
-LINE_BYTES = 32 << 20  # of a line of text or JSON, and of a row's text
-DOCUMENT_BYTES = 1 << 30  # of a file that is one document
-# Text shrinks to a fifth, tables of numbers to a fiftieth; a gzip file of zeros to a thousandth.
-GZIP_RATIO, GZIP_START = 250, 256 << 20  # the ratio is looked at from so many bytes on
-
-
-class Document(NamedTuple):
-  """A text and the name of its source."""
-
-  source: str
-  text: str
+_MAX_DIGITS = 4300  # of an integer that Python parses
 
 
 def list_files(cfg: DataConfig) -> list[pathlib.Path]:
   """The files of `cfg.path`, sorted; ConfigError where there are none."""
+  return _list(cfg).read
+
+
+def survey(cfg: DataConfig) -> tuple[str, ...]:
+  """Lines that say which files of a folder are read, which are left and why; none for a file."""
+  folder = _list(cfg)
+  if not _root(cfg).is_dir():
+    return ()
+  where = f"data.path={shorten(cfg.path, 1000)}"
+  return (
+    f"{where}: reads {folder.describe_read(cfg.source)}",
+    f"{where}: leaves {folder.describe_left()}",
+  )
+
+
+def identify(cfg: DataConfig) -> list[Any]:
+  """All that the documents follow from, as JSON values: the settings, each file's size and time."""
+  return [READER_VERSION, cfg.source_field, cfg.bad_rows, describe_files(list_files(cfg))]
+
+
+def describe_files(paths: list[pathlib.Path]) -> list[tuple[str, int, int]]:
+  """(path, bytes, time of the last change in nanoseconds) of each file."""
+  stats = [(path.resolve(), path.stat()) for path in paths]
+  return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+
+def read_files(cfg: DataConfig, log: Callable[[str], None] = lambda _: None) -> Iterator[Document]:
+  """Yields every document of the user's files; DataError names the file and line of a bad one.
+
+  log: is told of rows that were skipped (`data.bad_rows`), and of sources that were not told apart.
+  """
+  names = SourceNames()
+  yield from keep_good(_read_rows(cfg, names), cfg.bad_rows, log)
+  is_default = cfg.source_field == DataConfig.model_fields["source_field"].default
+  for line in names.describe(cfg.source_field, is_default):
+    log(line)
+
+
+def _read_rows(cfg: DataConfig, names: SourceNames) -> Iterator[Row]:
+  root, paths = _root(cfg), list_files(cfg)
+  is_folder = root.is_dir()
+  field, source_field = cfg.text_field, cfg.source_field
+  if source_field == field:  # a text is not its own source
+    source_field = ""
+  for path in paths:
+    top = path.relative_to(root).parts[0] if is_folder else path.name
+    name = top.split(".")[0] or top
+    try:
+      if cfg.source == "parquet":
+        yield from read_parquet(path, name, field, source_field, names)
+      elif cfg.source == "array_record":
+        yield from read_array_record(path, name, names)
+      elif cfg.source == "jsonl":
+        yield from _read_jsonl(path, name, field, source_field, names)
+      elif is_folder:
+        yield attempt(_text_document, path, name, names)
+      else:
+        yield from _read_text_file(path, name, names)
+    except (DataError, ConfigError):
+      raise
+    except (*unpack.UNPACK_ERRORS, ValueError) as error:
+      raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _list(cfg: DataConfig) -> folders.Folder:
   path = _root(cfg)
   try:
     is_file, is_folder = path.is_file(), path.is_dir()
-  except OSError as error:
-    raise ConfigError(f"data.path={shorten(cfg.path)}: {error.strerror}") from None
+  except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    problem = getattr(error, "strerror", None) or error
+    raise ConfigError(f"data.path={shorten(cfg.path)}: {problem}") from None
   if is_file:
-    return [path]
+    return folders.Folder([path])
   if not is_folder:
     raise ConfigError(f"data.path={shorten(cfg.path, 1000)}: no such file or folder")
-  suffixes = SUFFIXES[cfg.source]
-  found = sorted(p for p in path.rglob("*") if p.name.lower().endswith(suffixes) and p.is_file())
-  if not found:
+  folder = folders.walk(path, cfg.source)
+  if not folder.read:
+    others = folders.find_sources(folder)
+    hint = f"; some are for --data.source {' or '.join(others)}" if others else ""
     raise ConfigError(
-      f"data.path={cfg.path!r} holds no file for data.source={cfg.source!r}: {', '.join(suffixes)}"
+      f"data.path={cfg.path!r} holds no file for data.source={cfg.source!r}: "
+      f"{', '.join(folders.SUFFIXES[cfg.source])}; left: {folder.describe_left()}{hint}; a file "
+      "that data.path itself names is read whatever its name"
     )
-  return found
-
-
-def read_files(cfg: DataConfig) -> Iterator[Document]:
-  """Yields every document of the user's files; DataError names the file and line of a bad one."""
-  root, paths = _root(cfg), list_files(cfg)
-  readers = {
-    "text": _read_text_folder if root.is_dir() else _read_text_file,
-    "jsonl": _read_jsonl,
-    "parquet": _read_parquet,
-    "array_record": _read_array_record,
-  }
-  for path in paths:
-    top = path.relative_to(root).parts[0] if root.is_dir() else path.name
-    name = top.split(".")[0] or top
-    try:
-      yield from readers[cfg.source](path, name, cfg.text_field)
-    except (OSError, EOFError, zlib.error) as error:
-      raise DataError(f"{path}: cannot be read: {error}") from None
+  return folder
 
 
 def _root(cfg: DataConfig) -> pathlib.Path:
@@ -84,135 +122,120 @@ def _root(cfg: DataConfig) -> pathlib.Path:
   return user_path(cfg.path, "data.path")
 
 
-def _read_text_folder(path: pathlib.Path, name: str, _field: str) -> Iterator[Document]:
-  try:
-    raw = read_bounded(path, DOCUMENT_BYTES)
-  except ValueError as error:
-    raise DataError(f"{path} {error}; as data.path itself a file is cut into pieces") from None
-  yield Document(name, _decode(raw, str(path)).replace("\r\n", "\n"))
+# --- plain text ---------------------------------------------------------------------------------
 
 
-def _read_text_file(path: pathlib.Path, name: str, _field: str) -> Iterator[Document]:
+def _text_document(path: pathlib.Path, name: str, names: SourceNames) -> Document:
+  text = decode(unpack.read_document(path), str(path)).replace("\r\n", "\n")
+  return Document(names.of(None, name), text)
+
+
+def _read_text_file(path: pathlib.Path, name: str, names: SourceNames) -> Iterator[Row]:
   """Cuts a single file into pieces, because one document could not be split for validation.
 
   A piece ends at the first blank line after PIECE_CHARACTERS, or at the first line end after twice
   as many.
   """
-  piece, size = [], 0
+  source, piece, size = names.of(None, name), [], 0
   for line in _text_lines(path):
+    if isinstance(line, BadRow):
+      yield line
+      continue
     piece.append(line)
     size += len(line)
     if size >= (2 * PIECE_CHARACTERS if line.strip() else PIECE_CHARACTERS):
-      yield Document(name, "".join(piece))
+      yield Document(source, "".join(piece))
       piece, size = [], 0
-  yield Document(name, "".join(piece))
+  yield Document(source, "".join(piece))
 
 
-def _text_lines(path: pathlib.Path) -> Iterator[str]:
+def _text_lines(path: pathlib.Path) -> Iterator[str | BadRow]:
   """Yields what `str.splitlines` makes of a file, with line ends, while the file is read."""
-  for number, raw in _lines(path):
-    line = _decode(raw, f"{path}:{number}", "utf-8-sig" if number == 1 else "utf-8")
-    yield from line.replace("\r\n", "\n").splitlines(keepends=True)
+  for line in read_lines(path):
+    try:
+      if isinstance(line, BadRow):
+        raise line
+      text = decode(line.content, line.where, "utf-8-sig" if line.number == 1 else "utf-8")
+    except BadRow as error:
+      yield error
+    else:
+      yield from text.replace("\r\n", "\n").splitlines(keepends=True)
 
 
-def _read_jsonl(path: pathlib.Path, name: str, field: str) -> Iterator[Document]:
-  for number, line in _lines(path):
-    if line.strip():
-      yield _json_document(line, f"{path}:{number}", name, field)
+# --- JSON lines ---------------------------------------------------------------------------------
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-  """Yields the lines of a file, unpacked if it ends in .gz, each with its 1-based number."""
-  is_packed, unpacked = path.suffix.lower() == ".gz", 0
-  with open(path, "rb") as packed, gzip.open(packed) if is_packed else packed as file:
-    for number in itertools.count(1):
-      line = file.readline(LINE_BYTES + 1)
-      if not line:
-        return
-      if len(line) > LINE_BYTES:
-        raise DataError(f"{path}:{number}: a line of more than {LINE_BYTES:,} bytes")
-      unpacked += len(line)
-      if is_packed and unpacked > max(GZIP_START, GZIP_RATIO * packed.tell()):
-        raise DataError(
-          f"{path}:{number}: its {packed.tell():,} bytes to here are {unpacked:,} unpacked, more "
-          f"than {GZIP_RATIO} times as many: no text; unpack it if it is meant to be read"
-        )
-      yield number, line
+def _read_jsonl(
+  path: pathlib.Path, name: str, field: str, source_field: str, names: SourceNames
+) -> Iterator[Row]:
+  for line in read_lines(path):
+    if isinstance(line, BadRow):
+      yield line
+    elif line.content.strip():
+      yield attempt(_json_document, line, name, field, source_field, names)
 
 
-def _json_document(line: bytes, where: str, name: str, field: str) -> Document:
-  valid = f"a line is a JSON object with a string {field!r} (data.text_field)"
-  try:
-    row = json.loads(_decode(line, where))
-  except (ValueError, RecursionError) as error:
-    raise DataError(f"{where}: not JSON: {error}; {valid}") from None
+def _json_document(
+  line: Line, name: str, field: str, source_field: str, names: SourceNames
+) -> Document:
+  where, valid = line.where, f"a line is a JSON object with a string {field!r} (data.text_field)"
+  row = _parse_json(line, valid)
   if not isinstance(row, dict):
-    raise DataError(f"{where}: a JSON {type(row).__name__}; {valid}")
+    hint = _LINES_OF_ARRAY if isinstance(row, list) else ""
+    raise BadRow("no object", where, f"a JSON {_JSON_NAMES[type(row)]}; {valid}{hint}")
   if field not in row:
     keys = ", ".join(map(shorten, itertools.islice(row, 20))) or "(none)"
-    raise DataError(f"{where}: has the keys {keys}; {valid}")
-  return _document(row.get("source"), name, row[field], f"{where}: {field!r}")
-
-
-def _read_parquet(path: pathlib.Path, name: str, field: str) -> Iterator[Document]:
-  try:
-    import pyarrow
-    import pyarrow.parquet
-  except ImportError:
-    raise ConfigError(
-      "data.source='parquet' needs pyarrow: pip install 'engram_jax[parquet]'"
-    ) from None
-  try:
-    with pyarrow.parquet.ParquetFile(path) as file:
-      present = file.schema_arrow.names
-      if field not in present:
-        raise DataError(
-          f"{path}: no column {field!r} (data.text_field); it has "
-          f"{', '.join(map(shorten, present[:20]))}"
-        )
-      columns = [column for column in (field, "source") if column in present]
-      numbers = itertools.count(1)
-      for batch in file.iter_batches(PARQUET_BATCH, columns=columns):
-        for number, row in zip(numbers, batch.to_pylist(), strict=False):
-          yield _document(row.get("source"), name, row[field], f"{path}: row {number}: {field!r}")
-  except pyarrow.ArrowException as error:
-    raise DataError(f"{path}: not a readable Parquet file: {error}") from None
-
-
-def _read_array_record(path: pathlib.Path, name: str, _field: str) -> Iterator[Document]:
-  # A compiled module without stubs.
-  from array_record.python import array_record_module  # ty: ignore[missing-module-member]
-
-  reader = array_record_module.ArrayRecordReader(str(path))
-  try:
-    total = reader.num_records()  # 0 where the file is no ArrayRecord: closing it raises the error
-    for start in range(0, total, ARRAY_RECORD_BATCH):
-      numbers = list(range(start, min(start + ARRAY_RECORD_BATCH, total)))
-      for number, record in zip(numbers, reader.read(numbers), strict=True):
-        yield Document(name, _decode(record, f"{path}: record {number}"))
-    reader.close()
-  except RuntimeError as error:
-    raise DataError(f"{path}: not a readable ArrayRecord file: {error}") from None
-
-
-def _document(source: Any, name: str, text: Any, where: str) -> Document:
-  """The document of a row; its source is the row's field "source" if that is a string, else `name`.
-
-  where: the place of the text, for the message of a DataError.
-  """
+    raise BadRow(f"without {field!r}", where, f"has the keys {keys}; {valid}")
+  text = row[field]
   if not isinstance(text, str):
-    raise DataError(f"{where} is {shorten(text)}, not a string")
-  if len(text) > LINE_BYTES:
-    raise DataError(f"{where} has {len(text):,} characters: at most {LINE_BYTES:,}")
+    raise BadRow(f"{field!r} no string", where, f"{field!r} is {shorten(text)}, not a string")
   try:
     text.encode()
   except UnicodeEncodeError as error:
-    raise DataError(f"{where} is not valid Unicode: {error}") from None
-  return Document(source if isinstance(source, str) and source else name, text)
+    raise BadRow("no Unicode", where, f"{field!r} is not valid Unicode: {error}") from None
+  return Document(names.of(row.get(source_field) if source_field else None, name), text)
 
 
-def _decode(raw: bytes, where: str, encoding: str = "utf-8-sig") -> str:
+_JSON_NAMES = {
+  list: "list",
+  str: "string",
+  int: "number",
+  float: "number",
+  bool: "true or false",
+  type(None): "null",
+}
+
+
+def _parse_json(line: Line, valid: str) -> Any:
+  text = decode(line.content, line.where)
   try:
-    return raw.decode(encoding)
-  except UnicodeDecodeError as error:
-    raise DataError(f"{where}: not UTF-8: {error}") from None
+    return json.loads(text)
+  except json.JSONDecodeError as error:
+    problem = f"not JSON: {error}{_name_cause(line)}"
+  except (ValueError, RecursionError):  # an integer of more digits than Python parses, or nesting
+    try:
+      return json.loads(text, parse_int=_parse_integer)
+    except (ValueError, RecursionError) as error:
+      problem = f"not JSON: {error}"
+  raise BadRow("not JSON", line.where, f"{problem}; {valid}")
+
+
+def _name_cause(line: Line) -> str:
+  """What a line that is no JSON shows of its file, for a message; empty where it shows nothing."""
+  start = line.content.strip()
+  mistake = name_mistake(start[:HEAD_BYTES]) if line.number == 1 else None
+  if mistake:
+    return f"; it {mistake}"
+  if b"\0" in start:
+    return "; it holds NUL bytes, as UTF-16 does and a file that was not written to its end"
+  if line.number == 1 and start in (b"{", b"["):
+    return f"; the file seems to be one value over several lines{_LINES_OF_ARRAY}"
+  return ""
+
+
+_LINES_OF_ARRAY = ": `jq -c '.[]'` makes lines of a list"
+
+
+def _parse_integer(digits: str) -> int | float:
+  """An integer of any length; one of thousands of digits is nobody's text and nobody's source."""
+  return int(digits) if len(digits) <= _MAX_DIGITS else math.inf

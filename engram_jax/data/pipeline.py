@@ -203,12 +203,21 @@ def prepare(cfg: Config, log: Log = print) -> PreparedData:
 
 def _prepare(cfg: Config, log: Log) -> PreparedData:
   sources.require_packages(cfg.data)
+  for line in sources.survey(cfg.data):
+    log(line)
   cache = cache_dir(cfg.data)
   source_id = sources.fingerprint(cfg.data, log)
   corpus_id = _digest(source_id, cfg.data.validation_fraction, FORMAT_VERSION)
 
+  said: set[str] = set()
+
+  def log_once(line: str) -> None:  # documents are read twice, for the tokenizer and for the tokens
+    if line not in said:
+      said.add(line)
+      log(line)
+
   def documents() -> Iterator[HashedDocument]:
-    return deduplicate(sources.read_documents(cfg.data, log))
+    return deduplicate(sources.read_documents(cfg.data, log_once))
 
   text_tokenizer = tokenizer.load_or_train(
     cfg, corpus_id, lambda: training_texts(documents(), cfg.data), log

@@ -11,7 +11,7 @@ import platform
 import sysconfig
 from collections.abc import Iterator
 
-from engram_jax.config import DataConfig
+from engram_jax.config import FILE_SOURCES, DataConfig
 from engram_jax.data import files
 from engram_jax.data.corpora import catalogue
 from engram_jax.data.corpora.english import WIKI_WHEEL, read_wiki
@@ -35,7 +35,7 @@ def read_documents(cfg: DataConfig, log: Log) -> Iterator[Document]:
   elif cfg.source in catalogue.CORPORA:
     yield from catalogue.read_corpus(cfg.source, cache_dir(cfg), log)
   else:
-    yield from files.read_files(cfg)
+    yield from files.read_files(cfg, log)
 
 
 def describe(cfg: DataConfig) -> str:
@@ -51,6 +51,11 @@ def describe(cfg: DataConfig) -> str:
   if cfg.source in catalogue.CORPORA:
     return catalogue.describe_corpus(cfg.source)
   return f"{cfg.source} files at {cfg.path}"
+
+
+def survey(cfg: DataConfig) -> tuple[str, ...]:
+  """Lines that say which of the user's own files are read, which are left and why."""
+  return files.survey(cfg) if cfg.source in FILE_SOURCES else ()
 
 
 def require_packages(cfg: DataConfig) -> None:
@@ -69,10 +74,10 @@ def fingerprint(cfg: DataConfig, log: Log = log_to_stderr) -> str:
     contents = list(WIKI_WHEEL)
   elif cfg.source in catalogue.CORPORA:
     contents = catalogue.identify_corpus(cfg.source, cache_dir(cfg), log)
+  elif cfg.source == "stdlib":
+    contents = files.describe_files(stdlib_files())
   else:
-    paths = stdlib_files() if cfg.source == "stdlib" else files.list_files(cfg)
-    stats = [(path.resolve(), path.stat()) for path in paths]
-    contents = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    contents = files.identify(cfg)
   return hashlib.sha256(json.dumps([cfg.source, cfg.text_field, contents]).encode()).hexdigest()
 
 

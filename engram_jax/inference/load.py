@@ -102,7 +102,8 @@ class LoadedModel:
         f"{name} holds rows of no run that train.py wrote, not of {expected}: {remedy}"
       )
     if source["digest"] != self.digest:
-      actual = f"step {source.get('step')} of run {source.get('run')}"
+      known = {"step": "an unknown step", "run": "unnamed"} | source
+      actual = f"step {known['step']} of run {known['run']}"
       if actual == expected:
         raise ConfigError(f"{name} holds rows of another training of {expected}: {remedy}")
       raise ConfigError(
@@ -197,8 +198,9 @@ class PlacementArgs:
     for ok, message in (
       (
         self.placement == "host" or (self.placement == "file") == (self.table is not None),
-        f"--placement {self.placement} with --table {self.table}: a file of `convert table` goes "
-        "with --placement file, which needs one, or with host",
+        f"--placement {self.placement} "
+        + ("without --table" if self.table is None else f"with --table {self.table}")
+        + ": a file of `convert table` goes with --placement file, which needs one, or with host",
       ),
       (
         self.device_cache_rows >= 0 and self.host_cache_mib >= 0,

@@ -11,6 +11,7 @@ import pathlib
 import re
 from collections.abc import Mapping
 
+from engram_jax.config.bounded import POINTER, is_pointer, name_mistake_of
 from engram_jax.errors import StorageError
 
 NAME = "SHA256SUMS"
@@ -53,6 +54,8 @@ def require_digest(path: pathlib.Path, expected: str) -> int:
   except OSError as error:
     raise StorageError(f"{path} cannot be read: {error.strerror}") from None
   if digest != expected:
+    if name_mistake_of(path) == POINTER:
+      raise StorageError(f"{path} {POINTER}")
     raise StorageError(f"{path} has changed: its SHA-256 is not the one in {NAME}")
   return size
 
@@ -62,7 +65,10 @@ def _parse(path: pathlib.Path) -> dict[str, str]:
   try:
     if path.stat().st_size > _MAX_BYTES:
       raise StorageError(f"{path} is damaged: larger than {_MAX_BYTES:,} bytes")
-    lines = path.read_bytes().decode().removesuffix("\n").split("\n")
+    content = path.read_bytes()
+    if is_pointer(content):
+      raise StorageError(f"{path} {POINTER}")
+    lines = content.decode().removesuffix("\n").split("\n")
   except OSError as error:
     raise StorageError(f"{path} cannot be read: {error.strerror}") from None
   except UnicodeDecodeError:

@@ -25,6 +25,7 @@ from engram_jax.config import (
   RunConfig,
   build,
 )
+from engram_jax.config.bounded import shorten
 from engram_jax.errors import ConfigError
 from engram_jax.interop.folder import CONFIG, TOKENIZER, Folder
 from engram_jax.interop.memory import Memory, StoredTable, require_equal
@@ -89,7 +90,8 @@ def read_config(folder: Folder) -> tuple[Config, int, dict[str, Any]]:
   kinds = {"format": int, "step": int, "config": dict, "meaning": dict}
   for name, kind in kinds.items():
     if type(tree.get(name)) is not kind:
-      raise ConfigError(f"{where}: {name} is {tree.get(name)!r}: expected {kind.__name__}")
+      found = shorten(tree[name]) if name in tree else "missing"
+      raise ConfigError(f"{where}: {name} is {found}: expected {kind.__name__}")
   if tree["format"] != FORMAT_VERSION or tree["step"] < 0:
     raise ConfigError(
       f"{where}: format {tree['format']}, step {tree['step']}: this version reads format "

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from engram_jax.config.bounded import POINTER, is_pointer
+from engram_jax.core.run_directory import CONFIG as RUN_CONFIG
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.interop import digests
 from engram_jax.interop.safetensors import SafetensorsFile, TensorInfo, parse_object
@@ -48,7 +50,11 @@ class Folder:
     elif self._digests is None:
       self.caveat = f"{self.path} has no {digests.NAME}: nothing is verified"
     if not (self.path / CONFIG).is_file():
-      raise ConfigError(f"{self.path}: no {CONFIG} there; give the folder of a checkpoint")
+      is_run = (self.path / RUN_CONFIG).is_file()
+      advice = "give the folder of a checkpoint"
+      if is_run:
+        advice = f"it is a run: `convert export --run {self.path} --to FOLDER` makes such a folder"
+      raise ConfigError(f"{self.path}: no {CONFIG} there; {advice}")
     self.config = self._read_json(CONFIG)
     self._file_of = self._read_index()
 
@@ -177,7 +183,10 @@ class Folder:
       if size > _MAX_JSON_BYTES:
         raise StorageError(f"{path} has {size:,} bytes: at most {_MAX_JSON_BYTES:,}")
       self._require_unchanged(name)
-      return path.read_bytes()
+      content = path.read_bytes()
+      if is_pointer(content):
+        raise StorageError(f"{path} {POINTER}")
+      return content
     except FileNotFoundError:
       raise ConfigError(f"{path}: no such file") from None
     except OSError as error:

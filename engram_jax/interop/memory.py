@@ -114,7 +114,8 @@ class Memory:
 def require_equal(where: object, name: str, stored: object, rebuilt: object) -> None:
   """Raises ConfigError with both values where a stored one is not the one that was rebuilt."""
   if stored != rebuilt:
-    raise ConfigError(f"{where}: {name} is {stored} there but {rebuilt} when rebuilt")
+    old, new = ("missing" if x is None else x for x in (stored, rebuilt))
+    raise ConfigError(f"{where}: {name} is {old} there but {new} when rebuilt")
 
 
 def require_expressible(

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from engram_jax.config.bounded import name_mistake_of
 from engram_jax.errors import StorageError
 
 MAX_AXES = 32  # the most of NumPy 1, and more than any model has
@@ -171,6 +172,8 @@ class SafetensorsFile:
       raise StorageError(f"{self.path} has {self.size} bytes: no safetensors file")
     length = struct.unpack("<Q", self._read_at(0, (8,), np.dtype(np.uint8)).tobytes())[0]
     if length > MAX_HEADER_BYTES:
+      if mistake := name_mistake_of(self.path):
+        raise StorageError(f"{self.path} {mistake}: no safetensors file")
       raise StorageError(
         f"{self.path} claims a header of {length:,} bytes: at most {MAX_HEADER_BYTES:,}"
       )

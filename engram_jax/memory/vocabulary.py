@@ -196,6 +196,11 @@ _NAMES = {
 _LATER = ("corpus_content_digest",)  # older checkpoints have none
 
 
+def _shown(value: Any) -> str:
+  """A value of a fingerprint, in a message; a model without a memory has no hash layout."""
+  return "none" if value is None else cut(str(value), 100)
+
+
 def check_fingerprint(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
   """ConfigError naming the first of the values in `now` that was another one in `saved`.
 
@@ -213,7 +218,7 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any], where: str) ->
   for key, name in _NAMES.items():
     if key in now and key in saved and saved[key] != now[key]:
       raise ConfigError(
-        f"{where} was trained with another {name}: {key} {cut(str(saved[key]), 100)} there, "
-        f"{now[key]} here; use the {name} of that run (its tokenizer.json and config.yaml), or "
-        "start another run"
+        f"{where} was trained with another {name}: {key} {_shown(saved[key])} there, "
+        f"{_shown(now[key])} here; use the {name} of that run (its tokenizer.json and "
+        "config.yaml), or start another run"
       )

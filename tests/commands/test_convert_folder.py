@@ -282,7 +282,7 @@ def other_tokenizer(folder: pathlib.Path) -> None:
     (
       edit_config(lambda t: t["meaning"].update(hash_layout=None)),
       2,
-      "hash_layout.dialect is None there",
+      "hash_layout.dialect is missing there",
     ),
     (edit_config(lambda t: t["meaning"].update(hash_layout_digest="")), 2, "digest is  there"),
     (edit_config(lambda t: t["meaning"].update(more=float("nan"))), 2, "cannot be kept"),

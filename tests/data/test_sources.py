@@ -85,7 +85,7 @@ def test_parquet(tmp_path):
   with pytest.raises(DataError, match=r"no column 'body'.*it has 'text', 'source'"):
     read("parquet", path, text_field="body")
   parquet.write_table(pyarrow.table({"text": ["one", None]}), path)
-  with pytest.raises(DataError, match="row 2: 'text' is None"):
+  with pytest.raises(DataError, match="row 2: 'text' is null"):
     read("parquet", path)
   path.write_bytes(b"PAR1 not really")
   with pytest.raises(DataError, match="not a readable Parquet file"):

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Self
 
 import pydantic
 
+from engram_jax.config.bounded import HEAD_BYTES, name_mistake
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.memory.codecs import KINDS, row_bytes
 from engram_jax.memory.hash_layout import HashLayout
@@ -192,8 +193,11 @@ def _header_text(file: BinaryIO, size: int) -> tuple[int, bytes]:
   if size < PREFIX.size:
     raise _Damaged(f"is no table file: it has {size} bytes")
   file.seek(0)
-  magic, version, length, digest = PREFIX.unpack(file.read(PREFIX.size))
+  head = file.read(HEAD_BYTES)
+  magic, version, length, digest = PREFIX.unpack(head[: PREFIX.size])
   if magic != MAGIC:
+    if mistake := name_mistake(head):
+      raise _Damaged(f"{mistake}: no table file")
     raise _Damaged(f"is no table file: it begins with {magic!r}, not {MAGIC!r}")
   if version not in BLOCK_BYTES:
     raise _Damaged(
@@ -201,6 +205,7 @@ def _header_text(file: BinaryIO, size: int) -> tuple[int, bytes]:
     )
   if not 0 < length <= min(MAX_HEADER, size - PREFIX.size):
     raise _Damaged(f"is damaged: it announces a header of {length:,} bytes")
+  file.seek(PREFIX.size)
   text = file.read(length)
   if hashlib.sha256(text).digest() != digest:
     raise _Damaged("is damaged: its header does not match its own digest")
