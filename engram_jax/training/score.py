@@ -30,7 +30,8 @@ from engram_jax.data.tokenizer import token_bytes
 from engram_jax.errors import ConfigError, NonFiniteError
 from engram_jax.memory.compress import check_ids
 from engram_jax.memory.engram import ConvCache
-from engram_jax.memory.vocabulary import Vocabulary, failures_as
+from engram_jax.memory.token_text import token_texts
+from engram_jax.memory.vocabulary import Vocabulary, encode_texts
 from engram_jax.model.block import Block
 from engram_jax.model.mla import LatentAttention, LatentCache, empty_cache
 from engram_jax.tables.saved_run import load_run
@@ -48,7 +49,7 @@ class TextScores:
 
   Attributes:
     step: of the checkpoint.
-    tokens: T ids. texts: the text of each, alone; an incomplete character is U+FFFD.
+    tokens: T ids. texts: the text of each, its own; an incomplete character is U+FFFD.
     logprobs: T - 1 floats, nats, at most 0: each token given all before it, from the second on.
     target_bytes: UTF-8 bytes of the tokens from the second on; special tokens have none.
   """
@@ -95,7 +96,7 @@ def score_text(
     with setup.tables:
       state = flush(setup, restore_state(saved.checkpoints, saved.step, setup))
       logprobs = score_tokens(make_score_step(setup), setup, state, saved.vocabulary, tokens)
-    texts = saved.tokenizer.decode_batch([[i] for i in tokens], skip_special_tokens=False)
+    texts = token_texts(saved.tokenizer, tokens)
     size = int(token_bytes(saved.tokenizer)[tokens[1:]].sum())
     return TextScores(saved.step, tokens, texts, logprobs.tolist(), size)
 
@@ -141,8 +142,7 @@ def encode_text(tokenizer: tokenizers.Tokenizer, text: str, *, special: bool = F
   tokenizer.no_truncation()
   tokenizer.no_padding()
   tokenizer.encode_special_tokens = True
-  with failures_as(lambda message: ConfigError(f"--score: the tokenizer failed: {message}")):
-    tokens = tokenizer.encode(text, add_special_tokens=special).ids
+  (tokens,) = encode_texts(tokenizer, [text], "--score", special=special)
   if len(tokens) < 2:
     raise ConfigError(
       f"--score: the text has {len(tokens)} token{'s' * (len(tokens) != 1)}: at least two are "
