@@ -211,9 +211,10 @@ def _prepare(cfg: Config, log: Log) -> PreparedData:
     cfg, corpus_id, lambda: training_texts(documents(), cfg.data), log
   )
   digest = tokenizer_digest(text_tokenizer)
-  end_id = tokenizer.end_of_text_id(text_tokenizer)
-  shuffled = ["shuffled"] if cfg.data.shuffle_tokens else []
-  folder = cache / "corpora" / _digest(corpus_id, digest, *shuffled)
+  end_id = tokenizer.end_of_text_id(text_tokenizer, cfg.data.end_of_text)
+  others = ["shuffled"] if cfg.data.shuffle_tokens else []
+  others += [f"ends {end_id}"] if cfg.data.end_of_text else []
+  folder = cache / "corpora" / _digest(corpus_id, digest, *others)
   training, validation, names = open_or_build(
     folder, documents(), text_tokenizer, end_id, cfg.data, log
   )

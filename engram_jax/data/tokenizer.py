@@ -33,6 +33,15 @@ END_OF_TEXT_NAMES = (
   "<|im_end|>",
   "[EOS]",
   "[SEP]",
+  "<|eos|>",
+  "<|EOS|>",
+  "<|eot_id|>",
+  "<|end|>",
+  "<|END_OF_TURN_TOKEN|>",
+  "<end_of_turn>",
+  "<EOS>",
+  "<eod>",
+  "<|eod|>",
 )
 BPE_VERSION = 1  # part of a cached tokenizer's name: raise it when training changes
 DEEPSEEK_WHEEL = (
@@ -97,14 +106,23 @@ def vocabulary_size(tokenizer: tokenizers.Tokenizer) -> int:
   return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
-def end_of_text_id(tokenizer: tokenizers.Tokenizer) -> int:
-  """The id that ends a document, found by its usual names; ConfigError where there is none."""
-  for name in END_OF_TEXT_NAMES:
-    token_id = tokenizer.token_to_id(name)
+def end_of_text_id(tokenizer: tokenizers.Tokenizer, name: str = "") -> int:
+  """The id that ends a document: of the token `name`, or if that is empty found by usual names.
+
+  Raises ConfigError where there is none.
+  """
+  for known in (name,) if name else END_OF_TEXT_NAMES:
+    token_id = tokenizer.token_to_id(known)
     if token_id is not None:
       return token_id
+  special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+  shown = ", ".join(map(repr, special[:12])) + (", ..." if len(special) > 12 else "")
+  has = f"its special tokens are {shown}" if special else "it has no special tokens"
+  if name:
+    raise ConfigError(f"data.end_of_text={name!r} is no token of the tokenizer: {has}")
   raise ConfigError(
-    f"the tokenizer has no token that ends a document: none of {', '.join(END_OF_TEXT_NAMES)}"
+    f"the tokenizer has no token that ends a document: none of {', '.join(END_OF_TEXT_NAMES)}; "
+    f"name one of its tokens in data.end_of_text: {has}"
   )
 
 

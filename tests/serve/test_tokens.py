@@ -114,7 +114,8 @@ def test_a_chat_goes_on_behind_what_stands_before_it(engine, client):
 
 def test_likeliest_tokens_are_as_many_as_were_asked_for(client):
   asked = 20
-  choice = complete(client, "the fox, true", ["<0xE6>", "▁true", "true"], echo=True, logprobs=asked)
+  prompt = ids_of("▁the", "▁fox", ",", "▁true")
+  choice = complete(client, prompt, ["<0xE6>", "▁true", "true"], echo=True, logprobs=asked)
   logprobs = choice["logprobs"]
   for name, top in zip(logprobs["tokens"][1:], logprobs["top_logprobs"][1:], strict=True):
     assert len(top) in (asked, asked + 1)  # the token's own, if it is not among them
