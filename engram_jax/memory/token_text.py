@@ -38,7 +38,7 @@ class TokenPieces:
 
   def __init__(self, tokenizer: tokenizers.Tokenizer):
     self._tokenizer, self._decoder = tokenizer, tokenizer.decoder
-    kinds = set(_kinds(_state(self._decoder)))
+    kinds = {rule["type"] for rule in rules(self._decoder)}
     self._byte_level, self._byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
     self._added = dict(tokenizer.get_added_tokens_decoder().items())
     self._found: dict[int, bytes] = {}
@@ -275,17 +275,18 @@ def _incomplete_bytes(tail: bytes) -> int:
   return 0
 
 
-def _state(part: Any) -> Any:
-  return None if part is None else json.loads(part.__getstate__())
+def rules(part: Any) -> list[dict[str, Any]]:
+  """The rules of a tokenizer's normalizer, pre-tokenizer or decoder, as a tokenizer.json has them.
+
+  part: None has none. Those of a sequence are all in the list.
+  """
+  return [] if part is None else list(_rules(json.loads(part.__getstate__())))
 
 
-def _kinds(tree: Any) -> Iterable[str]:
-  """The types of a rule and of those in it."""
+def _rules(tree: Any) -> Iterable[dict[str, Any]]:
   if isinstance(tree, dict):
-    if isinstance(kind := tree.get("type"), str):
-      yield kind
-    for value in tree.values():
-      yield from _kinds(value)
-  elif isinstance(tree, list):
-    for value in tree:
-      yield from _kinds(value)
+    if isinstance(tree.get("type"), str):
+      yield tree
+    tree = list(tree.values())
+  for part in tree if isinstance(tree, list) else []:
+    yield from _rules(part)

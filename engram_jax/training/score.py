@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 
 from engram_jax.config.bounded import read_bounded, shorten
 from engram_jax.core.mesh import compute_dtype, make_mesh, platform, replicated
+from engram_jax.data.byte_counts import compare_bytes
 from engram_jax.data.tokenizer import token_bytes
 from engram_jax.errors import ConfigError, NonFiniteError
 from engram_jax.memory.compress import check_ids
@@ -52,6 +53,7 @@ class TextScores:
     tokens: T ids. texts: the text of each, its own; an incomplete character is U+FFFD.
     logprobs: T - 1 floats, nats, at most 0: each token given all before it, from the second on.
     target_bytes: UTF-8 bytes of the tokens from the second on; special tokens have none.
+    no_bytes: why these are not the text's; None where they are.
   """
 
   step: int
@@ -59,6 +61,7 @@ class TextScores:
   texts: list[str]
   logprobs: list[float]
   target_bytes: int
+  no_bytes: str | None = None
 
   @property
   def loss(self) -> float:
@@ -66,8 +69,10 @@ class TextScores:
     return -math.fsum(self.logprobs) / len(self.logprobs)
 
   @property
-  def bits_per_byte(self) -> float:
-    """Bits per UTF-8 byte of the predicted tokens, which compares tokenizers."""
+  def bits_per_byte(self) -> float | None:
+    """Bits per UTF-8 byte of the predicted tokens, which compares tokenizers; None if unknown."""
+    if self.no_bytes is not None:
+      return None
     return -math.fsum(self.logprobs) / math.log(2) / max(self.target_bytes, 1)
 
 
@@ -97,8 +102,12 @@ def score_text(
       state = flush(setup, restore_state(saved.checkpoints, saved.step, setup))
       logprobs = score_tokens(make_score_step(setup), setup, state, saved.vocabulary, tokens)
     texts = token_texts(saved.tokenizer, tokens)
-    size = int(token_bytes(saved.tokenizer)[tokens[1:]].sum())
-    return TextScores(saved.step, tokens, texts, logprobs.tolist(), size)
+    counts = token_bytes(saved.tokenizer)
+    size, why = (
+      int(counts[tokens[1:]].sum()),
+      compare_bytes(saved.tokenizer, counts, [text], [tokens]),
+    )
+    return TextScores(saved.step, tokens, texts, logprobs.tolist(), size, why)
 
 
 def read_text(name: str) -> str:
