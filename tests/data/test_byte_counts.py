@@ -42,7 +42,7 @@ def test_any_text_has_the_bytes_of_its_tokens(name, text):
 
 @pytest.mark.parametrize("name", sorted(set(MAKES) - {"suffixes"}))
 def test_words_that_a_tokenizer_knows_have_their_bytes(name):
-  for text in ("the quick fox", "the lazy dog", "fox"):
+  for text in ("the quick fox", "the lazy fox", "fox"):
     ids = ids_of(name, text)
     extra = 1 if name in (*WITH_PREFIX, "no_space_piece") else 0
     assert int(COUNTS[name][ids].sum()) == len(text.encode()) + extra
@@ -53,7 +53,7 @@ def test_words_that_a_tokenizer_knows_have_their_bytes(name):
   ("name", "text"),
   [
     ("wordpiece", "the  quick\nfox"),
-    ("wordpiece", "the quick, fox"),
+    ("wordpiece", "(the) quick-fox"),
     ("wordpiece", "日本"),
     ("t5", "the Ω"),
     ("words", "the unheard word"),
@@ -97,7 +97,7 @@ def documents(*texts):
 
 def test_the_verdict_is_kept_with_the_corpus(tmp_path):
   tokenizer, counts = make("wordpiece"), COUNTS["wordpiece"]
-  read = documents(*(f"the quick {word} fox" for word in ("lazy", "dog", "of", "the,")))
+  read = documents(*(f"the quick {word} fox" for word in ("lazy", "dog", "of", "the-")))
   first = check_bytes(tmp_path, tokenizer, counts, read, 0.99)
   assert "bytes, but" in first
 
@@ -113,7 +113,7 @@ def test_the_verdict_is_kept_with_the_corpus(tmp_path):
 
 
 def test_where_no_text_is_validation_text_others_are_compared(tmp_path):
-  read = documents("the quick, fox")
+  read = documents("(the) quick-fox")
   assert check_bytes(tmp_path, make("wordpiece"), COUNTS["wordpiece"], read, 1e-9) is not None
 
 
