@@ -31,7 +31,7 @@ def compile_template(template: str, names: Mapping[str, str]) -> jinja2.Template
     trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
   )
   environment.filters["tojson"] = _to_json
-  known: dict[str, Any] = environment.globals  # ty: ignore[invalid-assignment]  # of any values
+  known: dict[str, Any] = environment.globals
   known.update(raise_exception=_refuse, strftime_now=_now, dict=_Dict(), namespace=_Namespace)
   try:
     return environment.from_string(template, globals={"bos_token": "", "eos_token": "", **names})
