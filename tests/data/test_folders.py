@@ -63,7 +63,7 @@ def test_packed_text_is_read_whole_and_in_pieces(tmp_path, packing):
   assert "".join(texts(path, "text")) == "eins\nzwei é\n"
 
 
-@pytest.mark.parametrize("packing", set(PACK) - {".lzma", ".br"})
+@pytest.mark.parametrize("packing", sorted(set(PACK) - {".lzma", ".br"}))
 def test_several_streams_in_a_file_are_one(tmp_path, packing):
   path = write(tmp_path / f"a.jsonl{packing}", *map(str, range(9000)))
   path.write_bytes(2 * path.read_bytes())
@@ -267,7 +267,7 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path, source, outright):
 @pytest.mark.parametrize(
   ("content", "kind"),
   [
-    (gzip.compress(b"{}"), "gzip data"),
+    (gzip.compress(b"{}", mtime=0), "gzip data"),
     ('{"text": "a"}'.encode("utf-16"), "UTF-16 text"),
     (b"PAR1\x15\x04\xff\xfe", "a Parquet file"),
     (b"PK\x03\x04\xff\xff", "a zip archive"),
