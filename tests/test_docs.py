@@ -85,7 +85,6 @@ RUN = (
   "--table runs/tiny.engram --host_cache_mib 64 --device_cache_rows 20000",
   "python train.py --model.engram.placement file --run.name file",
   # docs/experiments.md
-  "python -m engram_jax sweep controls --list",
   "python -m engram_jax sweep report --csv docs/experiments/controls-micro.csv",
   # docs/parallelism.md
   "python -m engram_jax plan --config configs/engram_27b.yaml --topology v5p:4x4x8",
@@ -111,8 +110,8 @@ NOT_RUN = {  # a pattern of whole commands: why they do not run here
   r"(XLA_FLAGS=\S+ )?python train\.py --mesh\..*": "many devices; tests/eight/test_step.py",
   r"python train\.py .* --distributed\.processes .*": "two hosts; tests/core/test_several_hosts.py",
   r"python benchmarks/.*": "measures for minutes",
-  r"python -m engram_jax sweep \w+ (--quick|--rho|--seeds|--jobs) .*": "an hour; "
-  "tests/research/test_sweep.py runs two arms",
+  r"python -m engram_jax sweep \w+ (--quick|--rho|--seeds|--jobs|--list).*": "an hour, or a budget "
+  "with experts, which tiny.yaml here has not; tests/research/test_sweep.py runs two arms",
   r"python -m engram_jax plan .* --compile .*": "minutes of a TPU's compiler; tests/aot",
   r"(ENGRAM_API_KEY=.* )?python -m engram_jax serve .*": "has no end; tests/commands/test_serve.py",
   r"curl .*": "needs that server; tests/serve/test_http.py",
