@@ -51,7 +51,7 @@ class TokenPieces:
 
   def name(self, token: int) -> str | None:
     """The token as its vocabulary spells it; None for an id that is none."""
-    return self._tokenizer.id_to_token(token) if token >= 0 else None
+    return self._tokenizer.id_to_token(token) if 0 <= token < 1 << 32 else None
 
   def is_special(self, token: int) -> bool:
     """Says whether decoding leaves the id out: special tokens, and ids that are no token."""

@@ -31,8 +31,8 @@ def compile_template(template: str, names: Mapping[str, str]) -> jinja2.Template
     trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
   )
   environment.filters["tojson"] = _to_json
-  functions: dict[str, Any] = {"raise_exception": _refuse, "strftime_now": _now}
-  environment.globals.update(functions | {"dict": _Dict(), "namespace": _Namespace})
+  known: dict[str, Any] = environment.globals  # of any values
+  known.update(raise_exception=_refuse, strftime_now=_now, dict=_Dict(), namespace=_Namespace)
   try:
     return environment.from_string(template, globals={"bos_token": "", "eos_token": "", **names})
   except jinja2.TemplateError as error:
