@@ -126,7 +126,17 @@ def byte_level_normalizer() -> tokenizers.Tokenizer:
   return _trained(tokenizer, trainer)
 
 
+def unigram_bytes() -> tokenizers.Tokenizer:
+  """Unigram that falls back to bytes, with Metaspace, as Gemma's elder relations."""
+  pieces = [("<unk>", 0.0), ("▁", -1.0), ("▁the", -1.0), *((byte, -5.0) for byte in BYTES)]
+  tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, 0, True))
+  tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+  tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+  return tokenizer
+
+
 MAKES = {
+  "unigram_bytes": unigram_bytes,
   "byte_level": byte_level,
   "byte_level_prefix": functools.partial(byte_level, add_prefix_space=True),
   "byte_level_whole": functools.partial(byte_level, use_regex=False),

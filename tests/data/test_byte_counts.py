@@ -16,8 +16,16 @@ from engram_jax.data.tokenizer import end_of_text_id, token_bytes
 from engram_jax.errors import ConfigError, DataError
 
 ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
-LOSSLESS = [n for n in MAKES if n.startswith("byte_level")] + ["llama", "gemma"]
-WITH_PREFIX = ["byte_level_prefix", "llama", "t5", "t5_first", "wordpiece", "words"]
+LOSSLESS = [n for n in MAKES if n.startswith("byte_level")] + ["llama", "gemma", "unigram_bytes"]
+WITH_PREFIX = [
+  "unigram_bytes",
+  "byte_level_prefix",
+  "llama",
+  "t5",
+  "t5_first",
+  "wordpiece",
+  "words",
+]
 COUNTS = {name: token_bytes(make(name)) for name in MAKES}
 
 

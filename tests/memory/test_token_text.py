@@ -106,6 +106,10 @@ def test_special_tokens_in_between_have_no_text_and_take_no_space():
     assert continuation(tokenizer, [end], [the]) == tokenizer.decode([the])
 
 
+def test_ids_that_are_no_token_are_passed_over():
+  assert continuation(make("llama"), [2**40], [-1, 5_000_000, 2**40]) == ""
+
+
 def test_a_long_run_of_bytes_is_said_as_it_comes():
   tokenizer = make("llama")
   text = "ไทย" * 200
