@@ -21,6 +21,7 @@ from tyro.constructors import (
 )
 
 from engram_jax.config import Config, build, load_config
+from engram_jax.config.model import require_unicode
 from engram_jax.core import watchdog
 from engram_jax.core.terminal import flush_streams, prepare_streams
 from engram_jax.errors import EXIT_STOPPED, ConfigError, EngramError
@@ -177,6 +178,14 @@ def run_kind(
     print(f"error: {unknown} {name!r}; there are: {', '.join(kinds)}", file=sys.stderr)
     return 2
   return kinds[name](argv[1:])
+
+
+def require_text(option: str, text: str) -> None:
+  """Raises ConfigError for an option's value that holds bytes that are no UTF-8."""
+  try:
+    require_unicode(f"{option} ", text)
+  except ValueError as error:
+    raise ConfigError(str(error).replace(" =", " ", 1)) from None
 
 
 def log(message: str) -> None:
