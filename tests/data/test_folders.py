@@ -267,7 +267,7 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path, source, outright):
 @pytest.mark.parametrize(
   ("content", "kind"),
   [
-    (gzip.compress(b"{}"), "gzip data"),
+    (gzip.compress(b"{}", mtime=0), "gzip data"),
     ('{"text": "a"}'.encode("utf-16"), "UTF-16 text"),
     (b"PAR1\x15\x04\xff\xfe", "a Parquet file"),
     (b"PK\x03\x04\xff\xff", "a zip archive"),
