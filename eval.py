@@ -83,6 +83,8 @@ def main() -> int:
     result: dict[str, Any] = {"run": str(args.run), "step": saved.step}
     result |= losses(setup, state, data, args.batches)
     result["samples"] = samples(setup, state, data, args)
+  if data.no_bytes is not None:
+    log(f"no bits per byte: {data.no_bytes}")
   if args.json:
     print(json.dumps(result))
   else:
@@ -136,7 +138,14 @@ def losses(setup: TrainSetup, state: TrainState, data: PreparedData, batches: in
     with contextlib.closing(data.validation_pipeline().iterate()) as examples:
       eval_batches = itertools.islice(examples, batches)
       result[name] = evaluate(
-        step, setup, state, eval_batches, data.token_bytes, data.source_names, memory=memory
+        step,
+        setup,
+        state,
+        eval_batches,
+        data.token_bytes,
+        data.source_names,
+        memory=memory,
+        exact_bytes=data.no_bytes is None,
       )
   return result
 
@@ -146,7 +155,8 @@ def samples(
 ) -> list[dict[str, str]]:
   """Continues each prompt, greedily and sampled."""
   prompts = args.prompt or (setup.config.train.sample_prompt,)
-  if not args.tokens:
+  no_text = setup.config.model.engram.is_control  # its rows follow from its own data alone
+  if not args.tokens or (no_text and not args.prompt):
     return []
   continue_prompts = functools.partial(
     complete,
@@ -166,15 +176,18 @@ def samples(
 
 def show(result: dict[str, Any]) -> None:
   print(f"{result['run']}, step {result['step']}")
-  print(f"{'memory':8}{'source':34}{'loss':>9}{'perplexity':>12}{'bits/byte':>11}{'tokens':>12}")
+  has_bytes = result["memory_on"]["bits_per_byte"] is not None
+  title = f"{'bits/byte':>11}" if has_bytes else ""
+  print(f"{'memory':8}{'source':34}{'loss':>9}{'perplexity':>12}{title}{'tokens':>12}")
   for name in ("memory_on", "memory_off"):
     if name not in result:
       continue
     rows = {"all": result[name]} | result[name]["by_source"]
     for source, r in rows.items():
+      bits = f"{r['bits_per_byte']:11.4f}" if has_bytes else ""
       print(
         f"{name.removeprefix('memory_'):8}{source[:33]:34}{r['loss']:9.4f}{r['perplexity']:12.2f}"
-        f"{r['bits_per_byte']:11.4f}{r['tokens']:12,}"
+        f"{bits}{r['tokens']:12,}"
       )
   for sample in result["samples"]:
     for kind in ("greedy", "sampled"):
@@ -186,6 +199,8 @@ def print_scores(args: Args, scores: TextScores) -> None:
   for name in ("tokens", "logprobs", "loss", "bits_per_byte"):
     result[name] = getattr(scores, name)
   print(json.dumps(result))
+  if scores.no_bytes is not None:
+    print(f"no bits per byte: {scores.no_bytes}", file=sys.stderr)
 
 
 def show_scores(args: Args, scores: TextScores) -> None:
@@ -194,10 +209,10 @@ def show_scores(args: Args, scores: TextScores) -> None:
   logprobs = ["", *(f"{logprob:.4f}" for logprob in scores.logprobs)]  # the first is only read
   for token, logprob, text in zip(scores.tokens, logprobs, scores.texts, strict=True):
     print(f"{token:8}{logprob:>12}  {text!r}")
-  print(
-    f"loss {scores.loss:.4f} nats a token, {scores.bits_per_byte:.4f} bits a byte, "
-    f"{len(scores.logprobs):,} tokens predicted"
-  )
+  bits = "" if scores.bits_per_byte is None else f", {scores.bits_per_byte:.4f} bits a byte"
+  print(f"loss {scores.loss:.4f} nats a token{bits}, {len(scores.logprobs):,} tokens predicted")
+  if scores.no_bytes is not None:
+    print(f"no bits per byte: {scores.no_bytes}")
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ from engram_jax.core.run_directory import (
 )
 from engram_jax.core.signals import StopRequest
 from engram_jax.data.pipeline import PreparedData, prepare
-from engram_jax.errors import EXIT_STOPPED
-from engram_jax.memory.vocabulary import check_fingerprint, check_tokenizer_file
+from engram_jax.errors import EXIT_STOPPED, ConfigError
+from engram_jax.memory.vocabulary import check_fingerprint, check_tokenizer_file, encode_texts
 from engram_jax.model.counts import count, flops_per_token
 from engram_jax.training.divergence import Divergence, require_finite
 from engram_jax.training.evaluate import evaluate, make_eval_step
@@ -92,6 +92,8 @@ def train_run(cfg: Config, stop: StopRequest) -> int:
   warm_start = None  # another run's weights, for the first step of this one
   if train.init_from and not is_existing_run:
     warm_start = find_warm_start(train.init_from, setup, layout, fingerprint, log)
+  if train.sample_tokens:  # now, and not when the first sample is made
+    check_sample_prompt(train.sample_prompt, data)
   log_setup(cfg, data, flops, peak, mesh)
 
   with contextlib.ExitStack() as stack:
@@ -181,16 +183,18 @@ def train_run(cfg: Config, stop: StopRequest) -> int:
               unless_hurried(stop, last, eval_batches),
               data.token_bytes,
               data.source_names,
+              exact_bytes=data.no_bytes is None,
             )
           if is_hurried(stop, last):
             log(f"step {step}: stopped before its validation loss was known")
           else:
             by_source = result.pop("by_source")
-            values |= {f"validation/{k}": v for k, v in result.items()}
+            values |= {f"validation/{k}": v for k, v in result.items() if v is not None}
             values |= {f"validation/source/{k}": v["loss"] for k, v in by_source.items()}
+            bits = result["bits_per_byte"]
             log(
               f"step {step}: validation loss {result['loss']:.4f}, perplexity "
-              f"{result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte"
+              f"{result['perplexity']:.2f}{'' if bits is None else f', {bits:.4f} bits per byte'}"
             )
         writer.write(step, values)
         require_finite(step, values.get("validation/loss", 0.0), state)
@@ -222,6 +226,16 @@ def train_run(cfg: Config, stop: StopRequest) -> int:
         return EXIT_STOPPED
   log(f"finished {run.path}; evaluate it with: python eval.py --run {run.path}")
   return 0
+
+
+def check_sample_prompt(prompt: str, data: PreparedData) -> None:
+  """Raises ConfigError for a prompt of which the tokenizer makes nothing."""
+  name = f"train.sample_prompt={prompt!r}"
+  (tokens,) = encode_texts(data.vocabulary.tokenizer, [prompt], name)
+  if not tokens:
+    raise ConfigError(
+      f"{name}: the tokenizer makes no tokens of it; give another, or train.sample_tokens=0"
+    )
 
 
 def log_setup(cfg: Config, data: PreparedData, flops: float, peak: float, mesh: Mesh) -> None:

@@ -74,7 +74,7 @@ def _defaults(config: str | None, init_from: str) -> tuple[Config, str]:
 
 def _value_of(name: str, options: Sequence[str]) -> str:
   """The value of an option in either form, `--a.b VALUE` or `--a.b=VALUE`; empty without it."""
-  for option, following in zip(options, [*options[1:], ""], strict=True):
+  for option, following in zip(options, [*options, ""][1:], strict=True):
     given, equals, value = option.partition("=")
     if given.replace("-", "_") == name.replace("-", "_"):
       return value if equals else following

@@ -17,6 +17,7 @@ from engram_jax.errors import ConfigError
 from engram_jax.inference.completion import encode_prompts
 from engram_jax.inference.decoder import Decoder
 from engram_jax.inference.load import LoadedModel, PlacementArgs, load_model
+from engram_jax.memory.token_text import token_texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def text_gates(model: LoadedModel, text: str) -> dict[str, Any]:
     decoder = Decoder(model.weights, row_source, len(ids))
     out = decoder.extend(decoder.empty_state(1), np.array([ids], np.int32), np.array([len(ids)]))
     means = [np.asarray(gate_BTG, np.float64)[0].mean(-1).tolist() for gate_BTG in out.gates]
-  tokens = [model.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+  tokens = token_texts(model.tokenizer, ids)
   return {"tokens": tokens, "gates": dict(zip(layers, means, strict=True))}
 
 

@@ -134,12 +134,14 @@ def _complete(
   if streaming:
     print(prompts[0], end="", flush=True)
   completions = []
-  for completions, added in steps:  # noqa: B007 (the last ones are returned)
+  try:
+    for completions, added in steps:  # noqa: B007 (the last ones are returned)
+      if streaming:
+        print(added[0], end="", flush=True)
+  finally:  # after Ctrl-C too
     if streaming:
-      print(added[0], end="", flush=True)
-  if streaming:
-    print()
-  elif not args.json:
+      print()
+  if not streaming and not args.json:
     for completion in completions:
       print(completion.prompt + completion.text)
   return completions
@@ -148,12 +150,15 @@ def _complete(
 def _converse(
   args: GenerateArgs, model: LoadedModel, decoder_of: Callable[[int], Decoder], sampling: Sampling
 ) -> int:
-  log("a prompt a line; end of file ends")
+  log("a prompt a line; Ctrl-C ends a text, or at the prompt the command, as end of file does")
   try:
     for line in sys.stdin:
       if prompt := line.rstrip("\n"):
         _check_text(prompt, "the line")
-        _complete(args, model, decoder_of, sampling, [prompt])
+        try:
+          _complete(args, model, decoder_of, sampling, [prompt])
+        except KeyboardInterrupt:
+          log("stopped by Ctrl-C; the next prompt")
   except UnicodeDecodeError:
     raise ConfigError("--interactive: the input holds bytes that are no UTF-8") from None
   return 0

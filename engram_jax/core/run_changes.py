@@ -58,6 +58,7 @@ BY_DIGEST = (
   "data.source_field",
   "data.bad_rows",
   "data.tokenizer",
+  "data.end_of_text",
 )
 EXTENDABLE = (
   "train.steps",

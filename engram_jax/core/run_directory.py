@@ -242,7 +242,7 @@ def _advise(path: pathlib.Path) -> str:
 
 
 def _advise_model(path: pathlib.Path) -> str:
-  """Says what to do with a folder of safetensors: an export becomes a run, others are inspected."""
+  """Advice about a folder of safetensors: an export becomes a run, others are inspected."""
   try:
     tree = json.loads(read_bounded(path / MODEL_CONFIG, 1 << 20))
   except PointerError as error:

@@ -111,7 +111,7 @@ def _plain(column: Any) -> Any:
 
 
 def _sources(batch: Any, field: str) -> list[Any]:
-  """Gives what each row names as its source; None in columns of other than texts and integers."""
+  """The source that each row names; None for a column that holds neither texts nor integers."""
   import pyarrow
 
   if not field or field not in batch.schema.names:

@@ -221,7 +221,7 @@ def _parse_json(line: Line, valid: str) -> Any:
 
 
 def _name_cause(line: Line) -> str:
-  """Says what a line that is no JSON shows of its file, for a message; empty for nothing."""
+  """The kind of file that a line of no JSON shows, for a message; empty where it shows nothing."""
   start = line.content.strip()
   mistake = name_mistake(start[:HEAD_BYTES]) if line.number == 1 else None
   if mistake:

@@ -68,7 +68,7 @@ class Folder:
       names.append(name)
 
   def describe_left(self) -> str:
-    """Says how many were left for each reason, with their first names; "none" for none."""
+    """Number of files left for each reason, with their first names; "none" where there are none."""
     return ", ".join(self._describe(reason) for reason in sorted(self.left)) or "none"
 
   def _describe(self, reason: str) -> str:
@@ -77,7 +77,7 @@ class Folder:
     return f"{self.counts[reason]:,} {reason}: {', '.join(names)}{more}"
 
   def describe_read(self, source: str) -> str:
-    """Says how many files of each suffix are read."""
+    """Number of files of each suffix that are read."""
     suffixes = collections.Counter(_suffix(path.name, source) for path in self.read)
     kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in suffixes.most_common())
     return f"{len(self.read):,} file{'s' * (len(self.read) != 1)} ({kinds})"

@@ -25,6 +25,7 @@ import tokenizers
 
 from engram_jax.config import Config
 from engram_jax.data import sources, tokenizer
+from engram_jax.data.byte_counts import check_bytes
 from engram_jax.data.corpus import (
   FORMAT_VERSION,
   Corpus,
@@ -137,6 +138,8 @@ class PreparedData:
     training, validation: the two corpora.
     source_names: names that a batch's `source` indexes.
     token_bytes: int32 [V], UTF-8 bytes of each id's text; 0 for special tokens.
+    no_bytes: why those do not add up to the validation text's, so that nothing can be said in bits
+      per byte; None where they do.
     end_id: the id that ends a document.
     description: lines for people: the origin of the text, and how much it is.
   """
@@ -149,6 +152,7 @@ class PreparedData:
   token_bytes: np.ndarray
   end_id: int
   description: tuple[str, ...]
+  no_bytes: str | None = None
 
   def training_pipeline(self, batch_size: int | None = None) -> Pipeline:
     """Shuffled, endless training batches.
@@ -223,21 +227,26 @@ def _prepare(cfg: Config, log: Log) -> PreparedData:
     cfg, corpus_id, lambda: training_texts(documents(), cfg.data), log
   )
   digest = tokenizer_digest(text_tokenizer)
-  end_id = tokenizer.end_of_text_id(text_tokenizer)
-  shuffled = ["shuffled"] if cfg.data.shuffle_tokens else []
-  folder = cache / "corpora" / _digest(corpus_id, digest, *shuffled)
+  end_id = tokenizer.end_of_text_id(text_tokenizer, cfg.data.end_of_text)
+  others = ["shuffled"] if cfg.data.shuffle_tokens else []
+  others += [f"ends {end_id}"] if cfg.data.end_of_text else []
+  folder = cache / "corpora" / _digest(corpus_id, digest, *others)
   training, validation, names = open_or_build(
     folder, documents(), text_tokenizer, end_id, cfg.data, log
   )
+  counts = tokenizer.token_bytes(text_tokenizer)
+  again = lambda: deduplicate(sources.read_documents(cfg.data, lambda line: None))
+  no_bytes = check_bytes(folder, text_tokenizer, counts, again, cfg.data.validation_fraction)
   return PreparedData(
     cfg=cfg,
     vocabulary=Vocabulary.build(cfg.model, text_tokenizer, cache / "token_maps"),
     training=training,
     validation=validation,
     source_names=names,
-    token_bytes=tokenizer.token_bytes(text_tokenizer),
+    token_bytes=counts,
     end_id=end_id,
-    description=_description(cfg, text_tokenizer, digest, training, validation),
+    description=_description(cfg, text_tokenizer, digest, training, validation, no_bytes),
+    no_bytes=no_bytes,
   )
 
 
@@ -247,14 +256,16 @@ def _description(
   digest: str,
   training: Corpus,
   validation: Corpus,
+  no_bytes: str | None,
 ) -> tuple[str, ...]:
-  return (
+  lines = (
     f"text: {sources.describe(cfg.data)}",
     f"tokenizer: {cfg.data.tokenizer}, {tokenizer.vocabulary_size(text_tokenizer):,} ids, "
     f"digest {digest[:12]}",
     f"training: {training.document_count:,} documents, {len(training.tokens):,} tokens",
     f"validation: {validation.document_count:,} documents, {len(validation.tokens):,} tokens",
   )
+  return lines if no_bytes is None else (*lines, f"no bits per byte: {no_bytes}")
 
 
 def _digest(*parts: Any) -> str:

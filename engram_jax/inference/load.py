@@ -256,7 +256,7 @@ def load_model(run: pathlib.Path, step: int | None, log: Callable[[str], None]) 
       vocabulary.layout,
       vocabulary.compressor,
     )
-    end_id = end_of_text_id(saved.tokenizer)
+    end_id = end_of_text_id(saved.tokenizer, cfg.data.end_of_text)
     return LoadedModel(cfg, saved.step, weights, saved.tokenizer, end_id, run, saved.digest)
 
 

@@ -17,6 +17,7 @@ from engram_jax.core.run_directory import CONFIG as RUN_CONFIG
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.interop import digests
 from engram_jax.interop.safetensors import SafetensorsFile, TensorInfo, parse_object
+from engram_jax.memory.vocabulary import failures_as
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -117,10 +118,9 @@ class Folder:
     Raises ConfigError where the file is no tokenizer, or has an id of `vocab_size` or more.
     """
     text = self._read_bytes(TOKENIZER)
-    try:
+    where = self.path / TOKENIZER
+    with failures_as(lambda message: ConfigError(f"{where}: not a tokenizer.json: {message}")):
       tokenizer = tokenizers.Tokenizer.from_str(text.decode())
-    except Exception as error:  # tokenizers raises bare Exception for whatever it cannot parse
-      raise ConfigError(f"{self.path / TOKENIZER}: not a tokenizer.json: {error}") from None
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= vocab_size:
       raise ConfigError(

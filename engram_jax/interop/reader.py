@@ -24,6 +24,8 @@ from engram_jax.interop.folder import Folder
 from engram_jax.interop.memory import Memory
 from engram_jax.memory.engram import Engram
 from engram_jax.memory.hashing import row_ids
+from engram_jax.memory.token_text import token_texts
+from engram_jax.memory.vocabulary import encode_texts
 
 FORMATS: tuple[ModuleType, ...] = (engram_format, deepseek, qwen)
 
@@ -104,13 +106,13 @@ class MemoryReader:
     special_tokens: adds those that the tokenizer puts around a text.
     """
     tokenizer = self.memory.tokenizer
-    ids = tokenizer.encode(text, add_special_tokens=special_tokens).ids
+    (ids,) = encode_texts(tokenizer, [text], "text", special=special_tokens)
     if not ids:
       raise ConfigError(f"text={text!r} has no tokens: give some text")
     canonical = self.canonical_ids(np.array(ids, np.int64))
     return Reading(
       token_ids=ids,
-      tokens=[tokenizer.decode([i], skip_special_tokens=False) for i in ids],
+      tokens=token_texts(tokenizer, ids),
       canonical_ids=canonical,
       row_ids={layer: self.row_ids(layer, canonical[None])[0] for layer in self.layers},
     )

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,8 @@ class Vocabulary:
     if find_dialect(cfg.engram.dialect).hashes_raw_ids or not cfg.engram.compress:
       compressor = TokenCompressor.identity(cfg.vocab_size)
     else:
-      compressor = TokenCompressor.from_tokenizer(tokenizer, cache)
+      with failures_as(lambda message: ConfigError(f"the tokenizer fails to decode: {message}")):
+        compressor = TokenCompressor.from_tokenizer(tokenizer, cache)
     address = cfg.engram.address if cfg.engram.is_control else "ngrams"
     return cls(tokenizer, compressor, HashLayout.of(cfg.engram, compressor), address)
 
@@ -125,6 +126,18 @@ def read_tokenizer(
     return tokenizers.Tokenizer.from_str(text.decode("utf-8"))
 
 
+def encode_texts(
+  tokenizer: tokenizers.Tokenizer, texts: Sequence[str], name: str, *, special: bool = False
+) -> list[list[int]]:
+  """Token ids of each text; with those that the tokenizer puts around one if `special`.
+
+  name: what the texts are, for the message of the ConfigError where the tokenizer fails on one.
+  """
+  with failures_as(lambda message: ConfigError(f"{name}: the tokenizer fails on it: {message}")):
+    batch = tokenizer.encode_batch(list(texts), add_special_tokens=special)
+  return [encoding.ids for encoding in batch]
+
+
 @contextlib.contextmanager
 def failures_as(make_error: Callable[[str], EngramError]) -> Generator[None]:
   """Turns what the tokenizers library raises into the error that is made of its message."""
@@ -132,7 +145,8 @@ def failures_as(make_error: Callable[[str], EngramError]) -> Generator[None]:
     yield
   except BaseException as error:
     # It raises bare Exception for everything, and its panics are not even that.
-    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    is_ours = isinstance(error, EngramError)
+    if is_ours or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
       raise
     raise make_error(cut(str(error), 400)) from None
 

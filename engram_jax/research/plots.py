@@ -39,7 +39,9 @@ def draw(
   seeds = {arm["loss"]["n"] for arm in arms}
   count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
   axes.set_title(
-    f"sweep {found['kind']}, {found['budget']}, {count} seeds, mean and 95 % interval", fontsize=10
+    f"sweep {found['kind']}, {found['budget']}, {count} seeds, mean and 95 % interval",
+    fontsize=10,
+    loc="right",
   )
   axes.grid(alpha=0.25)
   for side in ("top", "right"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import signal
@@ -150,7 +151,7 @@ def read_result(sweep: Sweep, run: Run) -> dict[str, Any]:
     "active_parameters": size.active,
     "flops_per_token": size.flops,
     "loss": last[f"{VALIDATION}loss"],
-    "bits_per_byte": last[f"{VALIDATION}bits_per_byte"],
+    "bits_per_byte": last.get(f"{VALIDATION}bits_per_byte", math.nan),
     "training_loss": last["loss"],
     "curve": [[line["step"], line[f"{VALIDATION}loss"]] for line in evaluated],
     "sources": {k.removeprefix(sources): v for k, v in last.items() if k.startswith(sources)},

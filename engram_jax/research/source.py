@@ -1,11 +1,13 @@
 """The code of a commit in a folder of its own, and the libraries that it runs with."""
 
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 
@@ -72,3 +74,18 @@ def library_versions() -> dict[str, str]:
   """Versions of Python and of the libraries that a number may depend on."""
   versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
   return {"python": platform.python_version(), "machine": platform.machine()} | versions
+
+
+def known_fields(folder: pathlib.Path) -> frozenset[str]:
+  """Dotted paths of the config fields that the code in a folder has."""
+  program = (
+    "import json; from engram_jax.config.load import fields; print(json.dumps(list(fields())))"
+  )
+  environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+  done = subprocess.run(
+    [sys.executable, "-c", program], env=environment, cwd=folder, capture_output=True, text=True
+  )
+  if done.returncode:
+    last = done.stderr.strip().splitlines()[-1:]
+    raise ConfigError(f"the code in {folder} does not run: {' '.join(last)}")
+  return frozenset(json.loads(done.stdout))

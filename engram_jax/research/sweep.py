@@ -27,7 +27,12 @@ from engram_jax.config.bounded import read_bounded
 from engram_jax.core.manifest import replace_file
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.research.arms import Arm, Claim, Design
-from engram_jax.research.source import find_commit, library_versions, write_source
+from engram_jax.research.source import (
+  find_commit,
+  known_fields,
+  library_versions,
+  write_source,
+)
 
 FORMAT = 1
 SPEC, SOURCE, CONFIGS, RUNS, LOGS, RESULTS = (
@@ -174,16 +179,23 @@ def prepare_sweep(
   for name in (CONFIGS, RUNS, LOGS, RESULTS):
     (folder / name).mkdir(parents=True, exist_ok=True)
   write_source(root, commit, folder / SOURCE)
-  for name, text in _config_texts(configs, design).items():
-    replace_file(folder / CONFIGS / name, text.encode())
+  for name, text in _config_texts(configs, design, known_fields(folder / SOURCE)).items():
+    if not (folder / CONFIGS / name).exists():  # else it is the same, as was checked above
+      replace_file(folder / CONFIGS / name, text.encode())
   replace_file(folder / SPEC, json.dumps(sweep.describe(), indent=1).encode())
   return sweep
 
 
-def _config_texts(configs: dict[str, Config], design: Design) -> dict[str, str]:
-  """The files of configs/: each budget whole, each arm by what differs."""
+def _config_texts(
+  configs: dict[str, Config], design: Design, known: frozenset[str] | None = None
+) -> dict[str, str]:
+  """The files of configs/: each budget whole, each arm by what differs.
+
+  known: fields of the commit's configs. Others are left out, as long as they have their default.
+  """
   named = lambda budget: f"budget{'_' if budget else ''}{budget}.yaml"
-  texts = {named(name): cfg.to_yaml() for name, cfg in configs.items()}
+  dump = lambda cfg: yaml.safe_dump(_of_fields(cfg, known), sort_keys=False)
+  texts = {named(name): dump(cfg) for name, cfg in configs.items()}
   for arm in design.arms:
     tree: dict[str, Any] = {"extends": named(arm.budget)}
     for path, value in arm.changes.items():
@@ -194,6 +206,25 @@ def _config_texts(configs: dict[str, Config], design: Design) -> dict[str, str]:
       node[name] = list(value) if isinstance(value, tuple | list) else value
     texts[f"{arm.name}.yaml"] = f"# {arm.about}\n" + yaml.safe_dump(tree, sort_keys=False)
   return texts
+
+
+def _of_fields(cfg: Config, known: frozenset[str] | None) -> dict[str, Any]:
+  """The config as a tree of the known fields; ConfigError for another that has no default value."""
+  default = Config().model_dump(mode="json")
+
+  def keep(tree: dict[str, Any], usual: dict[str, Any], prefix: str) -> dict[str, Any]:
+    kept = {}
+    for name, value in tree.items():
+      path = prefix + name
+      if isinstance(value, dict):
+        kept[name] = keep(value, usual[name], f"{path}.")
+      elif known is None or path in known:
+        kept[name] = value
+      elif value != usual[name]:
+        raise ConfigError(f"{path}={value!r}: the code of --commit has no such field")
+    return kept
+
+  return keep(cfg.model_dump(mode="json"), default, "")
 
 
 def _require_same(old: Sweep, new: Sweep, configs: dict[str, Config]) -> None:

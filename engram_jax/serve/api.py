@@ -5,10 +5,12 @@
 Besides OpenAI's own fields a request takes `top_k`, `repetition_penalty` and `gates`; with
 `"gates": true` each choice, or piece of a streamed one, also has
 
-    "engram": {"tokens": [{"id": 17, "text": " the", "gates": [0.41]}]}
+    "engram": {"tokens": [{"id": 17, "token": " the", "text": " the", "gates": [0.41]}]}
 
 one number for each memory (the model's `engram.layers` says which blocks they are in): the mean of
-its gate over the branches at that token. With `echo` the prompt's tokens have them too.
+its gate over the branches at that token. `token` is its name, as in `logprobs`; `text` the part of
+the text that became certain with it, as a character may need several. With `echo` the prompt's
+tokens have them too.
 """
 
 import dataclasses
@@ -29,7 +31,14 @@ from engram_jax.errors import ConfigError, EngramError
 from engram_jax.serve.auth import Guard, error_body, error_response, has_key
 from engram_jax.serve.engine import Engine
 from engram_jax.serve.prompts import PromptEncoder
-from engram_jax.serve.request import EngineDown, Event, PromptScored, QueueFull, Request
+from engram_jax.serve.request import (
+  EngineDown,
+  Event,
+  PromptScored,
+  QueueFull,
+  Request,
+  RequestFailed,
+)
 from engram_jax.serve.responses import ResponseBuilder
 from engram_jax.serve.schema import MAX_SCORES, ChatBody, CompletionBody
 from engram_jax.serve.server import ClientDisconnected, EventStream
@@ -173,6 +182,8 @@ async def _sse_lines(
     return
   except EngineDown as error:
     yield _sse_line(error_body(503, str(error), code="engine_down"))
+  except RequestFailed as error:
+    yield _sse_line(error_body(500, str(error), code="request_failed"))
   yield "data: [DONE]\n\n"
 
 
@@ -258,6 +269,10 @@ async def _down(_: fastapi.Request, error: EngineDown) -> Response:
   return error_response(503, str(error), code="engine_down")
 
 
+async def _failed(_: fastapi.Request, error: RequestFailed) -> Response:
+  return error_response(500, str(error), code="request_failed")
+
+
 _EXCEPTION_HANDLERS: dict[int | type[Exception], Callable[..., Coroutine[Any, Any, Response]]] = {
   RequestValidationError: _invalid,
   HTTPException: _http,
@@ -265,4 +280,5 @@ _EXCEPTION_HANDLERS: dict[int | type[Exception], Callable[..., Coroutine[Any, An
   ConfigError: _bad,
   QueueFull: _full,
   EngineDown: _down,
+  RequestFailed: _failed,
 }

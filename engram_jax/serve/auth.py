@@ -12,7 +12,8 @@ Scope = dict[str, Any]
 
 def error_body(status: int, message: str, *, code: str | None = None) -> dict[str, Any]:
   """An error in the OpenAI API's shape, with text that a client put into it made printable."""
-  kind = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
+  kind = {401: "authentication_error", 429: "rate_limit_error"}
+  kind |= dict.fromkeys((500, 503), "server_error")
   message = message.encode("utf-8", "replace").decode()
   error = {"message": message, "type": kind.get(status, "invalid_request_error"), "param": None}
   return {"error": error | {"code": code}}

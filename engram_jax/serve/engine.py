@@ -10,7 +10,7 @@ import collections
 import logging
 import threading
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tokenizers
@@ -34,6 +34,7 @@ from engram_jax.serve.request import (
 from engram_jax.serve.slots import Scores, Slots
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Engine:
@@ -64,6 +65,7 @@ class Engine:
     self._work = threading.Condition()
     self._closed: str | None = None
     self._failures: int = 0
+    self._failed_requests: int = 0
     self._last_failure: str | None = None
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -127,6 +129,7 @@ class Engine:
         "queue": self.queue,
         "capacity": self.decoder.capacity,
         "failures": self._failures,
+        "failed_requests": self._failed_requests,
         "last_failure": self._last_failure,
       }
 
@@ -174,14 +177,21 @@ class Engine:
     if request.score_prompt:
       self._emit(handle, lambda: PromptScored(prefill.tokens(self.tokenizer)))
     if request.max_new:
-      assert prefill.state is not None
-      assert prefill.logits_BV is not None
-      slot = self._running.index(None)
-      self._slots.insert(slot, prefill.state, prefill.logits_BV, request.ids, request.sampling)
-      self._running[slot] = Decoding(handle, self.tokenizer)
+      self._begin_decoding(prefill)
     else:
       self._emit(handle, lambda: Finished("", "length"))
     self._prefill = None
+
+  def _begin_decoding(self, prefill: Prefill) -> None:
+    handle, request = prefill.handle, prefill.handle.request
+    decoding = self._attempt(handle, lambda: Decoding(handle, self.tokenizer))
+    if decoding is None:
+      return
+    assert prefill.state is not None
+    assert prefill.logits_BV is not None
+    slot = self._running.index(None)
+    self._slots.insert(slot, prefill.state, prefill.logits_BV, request.ids, request.sampling)
+    self._running[slot] = decoding
 
   def _decode_step(self) -> None:
     running = {slot: r for slot, r in enumerate(self._running) if r}
@@ -198,17 +208,28 @@ class Engine:
     return decoding.add(int(require_finite(token_B[slot])), scores, slot, self._stop_ids)
 
   def _emit(self, handle: RequestHandle, make: Callable[[], Event | None]) -> None:
-    """Makes an event and gives it to the listener; if either fails, that request ends alone."""
-    if handle.cancelled:
-      return
-    try:
+    """Makes an event and gives it to the listener."""
+
+    def give() -> None:
       event = make()
       if event is not None:
         handle.listener(event)
+
+    self._attempt(handle, give)
+
+  def _attempt(self, handle: RequestHandle, make: Callable[[], T]) -> T | None:
+    """The result of `make`; None for a cancelled request. If it fails, that request ends alone."""
+    if handle.cancelled:
+      return None
+    try:
+      return make()
     except Exception as error:
       log.exception("a request's answer could not be made or delivered")
-      self._fail(handle, f"the answer could not be made: {_describe(error)}")
+      with self._work:
+        self._failed_requests, self._last_failure = self._failed_requests + 1, _describe(error)
+      self._fail(handle, f"the answer could not be made: {_describe(error)}", is_alone=True)
       handle.cancelled = True
+      return None
 
   def _recover(self, error: Exception) -> None:
     """Fails the requests that were running; the ones that wait are served with a fresh state."""
@@ -235,10 +256,10 @@ class Engine:
     for handle in waiting:
       self._fail(handle, message)
 
-  def _fail(self, handle: RequestHandle, message: str) -> None:
+  def _fail(self, handle: RequestHandle, message: str, *, is_alone: bool = False) -> None:
     try:
       if not handle.cancelled:
-        handle.listener(Failed(message))
+        handle.listener(Failed(message, is_alone))
     except Exception:
       log.exception("nobody could be told that a request failed")
 

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 
 import jinja2
-import jinja2.sandbox
 import tokenizers
 
 from engram_jax.errors import ConfigError
+from engram_jax.memory.token_text import Detokenizer, TokenPieces, decode, token_names
+from engram_jax.memory.vocabulary import encode_texts
+from engram_jax.serve.chat_template import compile_template, render
 from engram_jax.serve.request import Request
 from engram_jax.serve.schema import ChatBody, CompletionBody, Message
 
@@ -33,17 +35,22 @@ class PromptEncoder:
     self._specials = [token.content for token in added if token.special]
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     self.longest_token = max(map(len, vocabulary))
-    single_ids = [[i] for i in range(max(vocabulary.values()) + 1)]
-    self._texts = self._plain.decode_batch(single_ids, skip_special_tokens=False)
-    self._template = _compile(template, names or {}) if template else None
+    self._names = token_names(tokenizer, max(vocabulary.values()) + 1)
+    self._pieces = TokenPieces(tokenizer)
+    self._template = compile_template(template, names or {}) if template else None
 
-  def token_text(self, token: int) -> str:
-    """A single token's text, special ones included; "" for an id that the tokenizer has not."""
-    return self._texts[token] if 0 <= token < len(self._texts) else ""
+  def token_name(self, token: int) -> str:
+    """The name of a token, its own text for most: see `token_names`."""
+    return self._names[token] if 0 <= token < len(self._names) else f"#{token}"
 
-  def decode(self, ids: list[int]) -> str:
-    """The text of token ids."""
-    return self._plain.decode(ids)
+  def token_bytes(self, token: int) -> bytes:
+    """The bytes of a token's own text, of a special one's name; none for an id that is no token."""
+    return self._pieces[token]
+
+  def decode(self, ids: list[int], *, continued: bool = False) -> str:
+    """The text of token ids; without a character that is not complete if more is to come."""
+    held = Detokenizer(self._plain, ids).held if continued else []
+    return decode(self._plain, ids[: len(ids) - len(held)])
 
   def completion_requests(self, body: CompletionBody, capacity: int) -> list[Request]:
     """`n` requests for each prompt, in order. Raises ConfigError for a text that cannot fit."""
@@ -80,18 +87,16 @@ class PromptEncoder:
       for special in self._specials:
         if special in message.text:
           raise ConfigError(f"messages[{i}]: content holds the special token {special!r}")
+    names = [{} if m.name is None else {"name": m.name} for m in messages]
     values = [{"role": m.role, "content": m.text} for m in messages]
-    try:
-      text = template.render(messages=values, add_generation_prompt=True)
-    except Exception as error:  # a template is a program, and may raise anything
-      raise ConfigError(f"messages: the model's chat template refuses them: {error}") from None
+    text = render(template, [v | n for v, n in zip(values, names, strict=True)])
     _check_length(text, self.longest_token, capacity)
-    return tuple(self._with_specials.encode(text, add_special_tokens=False).ids)
+    return tuple(encode_texts(self._with_specials, [text], "messages")[0])
 
   def _encode(self, text: str, capacity: int) -> tuple[int, ...]:
     """Token ids of a text, tokenised as for training."""
     _check_length(text, self.longest_token, capacity)
-    return tuple(self._plain.encode(text, add_special_tokens=False).ids)
+    return tuple(encode_texts(self._plain, [text], "prompt")[0])
 
 
 def _check_length(text: str, longest_token: int, capacity: int) -> None:
@@ -101,18 +106,3 @@ def _check_length(text: str, longest_token: int, capacity: int) -> None:
       f"prompt: {len(text):,} characters do not fit in the {capacity} tokens that a request can "
       "hold"
     )
-
-
-def _compile(template: str, names: Mapping[str, str]) -> jinja2.Template:
-  # In a sandbox: a template comes with a model, from whoever made it.
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-  values = {"bos_token": "", "eos_token": "", **names, "raise_exception": _refuse}
-  try:
-    return environment.from_string(template, globals=values)
-  except jinja2.TemplateError as error:
-    line = getattr(error, "lineno", None)
-    raise ConfigError(f"chat template: line {line}: {error.message}") from None
-
-
-def _refuse(message: str) -> None:
-  raise jinja2.TemplateError(message)

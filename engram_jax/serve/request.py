@@ -20,6 +20,10 @@ class QueueFull(EngramError):
   """The queue holds as many requests as it may; ask again later."""
 
 
+class RequestFailed(EngramError):
+  """The engine works, but the answer to one request could not be made."""
+
+
 class EngineDown(EngramError):
   """The engine has stopped, or failed while it worked on a request."""
 
@@ -74,9 +78,10 @@ class Finished(NamedTuple):
 
 
 class Failed(NamedTuple):
-  """The last event of a request that ends through no fault of its own."""
+  """The last event of a request that failed. is_alone: the engine goes on with the others."""
 
   message: str
+  is_alone: bool = False
 
 
 Event = PromptScored | Token | Finished | Failed
@@ -136,7 +141,8 @@ class Decoding:
   """A request that is being decoded in a slot. finished: its last event, None before that."""
 
   def __init__(self, handle: RequestHandle, tokenizer: tokenizers.Tokenizer):
-    self.handle, self.stream = handle, TextStream(tokenizer, handle.request.stop)
+    request = handle.request
+    self.handle, self.stream = handle, TextStream(tokenizer, request.stop, request.ids)
     self.generated = 0
     self.finished: Finished | None = None
 

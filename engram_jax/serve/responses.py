@@ -126,7 +126,9 @@ class _Choice:
     if not (isinstance(body, CompletionBody) and body.echo):
       return ""
     prompt = body.prompt[self.index // body.n]
-    return prompt if isinstance(prompt, str) else self.builder.encoder.decode(prompt)
+    if isinstance(prompt, str):
+      return prompt
+    return self.builder.encoder.decode(prompt, continued=body.max_tokens > 0)
 
   def _as_json(self, text: str, tokens: list[Token], key: Literal["delta", "message"]) -> Json:
     builder = self.builder
@@ -144,32 +146,36 @@ class _Choice:
       choice["logprobs"] = self._completion_logprobs(tokens)
     choice["finish_reason"] = self._reason
     if builder.body.gates:
-      gates = lambda t: {"id": t.id, "text": t.text, "gates": [_finite(g) for g in t.gates]}
-      choice["engram"] = {"tokens": [gates(t) for t in tokens]}
+      choice["engram"] = {"tokens": [self._gates(t) for t in tokens]}
     return choice
 
+  def _gates(self, token: Token) -> Json:
+    """A token's gates, its name, and the part of the text that became certain with it."""
+    name, gates = self.builder.encoder.token_name(token.id), [_finite(g) for g in token.gates]
+    return {"id": token.id, "token": name, "text": token.text, "gates": gates}
+
   def _completion_logprobs(self, tokens: list[Token]) -> Json:
-    token_text = self.builder.encoder.token_text
+    name = self.builder.encoder.token_name
     return {
-      "tokens": [token_text(t.id) for t in tokens],
+      "tokens": [name(t.id) for t in tokens],
       "token_logprobs": [_finite(t.logprob) for t in tokens],
       "top_logprobs": [self._top(t) for t in tokens] if self.builder.body.logprobs else None,
       "text_offset": [t.start for t in tokens],
     }
 
   def _top(self, token: Token) -> dict[str, float | None] | None:
-    """Logprobs by text, the sampled token's among them; of two ids with one text, the likelier."""
+    """Logprobs by name, the token's own among them."""
     if token.logprob is None:
       return None
     top: dict[str, float | None] = {}
     for i, logprob in (*token.top, (token.id, token.logprob)):
-      top.setdefault(self.builder.encoder.token_text(i), _finite(logprob))
+      top.setdefault(self.builder.encoder.token_name(i), _finite(logprob))
     return top
 
   def _chat_logprobs(self, tokens: list[Token]) -> Json:
     def entry(i: int, logprob: float | None) -> Json:
-      text = self.builder.encoder.token_text(i)
-      return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+      name, piece = self.builder.encoder.token_name(i), self.builder.encoder.token_bytes(i)
+      return {"token": name, "logprob": _finite(logprob), "bytes": list(piece)}
 
     content = [
       entry(t.id, t.logprob) | {"top_logprobs": [entry(*top) for top in t.top]} for t in tokens

@@ -11,7 +11,7 @@ import uvicorn
 from engram_jax.errors import EngramError
 from engram_jax.inference.sampling import Sampling
 from engram_jax.serve.engine import Engine
-from engram_jax.serve.request import EngineDown, Event, Failed, Finished, Request
+from engram_jax.serve.request import EngineDown, Event, Failed, Finished, Request, RequestFailed
 from engram_jax.serve.slots import MAX_TOP
 
 MAX_CONNECTIONS = 1024  # at once
@@ -56,7 +56,7 @@ class EventStream:
   """The events of an HTTP request's engine requests, each with its index, until all are finished.
 
   `close` must be called; it cancels those that are not finished. The constructor raises like
-  `Engine.submit`; iterating raises EngineDown, and ClientDisconnected.
+  `Engine.submit`; iterating raises EngineDown, RequestFailed, and ClientDisconnected.
   """
 
   def __init__(self, engine: Engine, requests: Sequence[Request], receive: Any):
@@ -77,7 +77,7 @@ class EventStream:
         raise ClientDisconnected
       i, event = message
       if isinstance(event, Failed):
-        raise EngineDown(event.message)
+        raise (RequestFailed if event.is_alone else EngineDown)(event.message)
       self._unfinished -= isinstance(event, Finished)
       yield i, event
 

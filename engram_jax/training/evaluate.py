@@ -58,12 +58,14 @@ def evaluate(
   sources: Sequence[str],
   *,
   memory: bool = True,
+  exact_bytes: bool = True,
 ) -> dict[str, Any]:
   """Computes mean loss (nats per token), perplexity, bits per byte and counts, also by source.
 
   step: of `make_eval_step`. memory: False replaces the tables' rows by zeros.
 
-  Bits per byte divides by the UTF-8 bytes of the targets, so it compares tokenizers.
+  Bits per byte divides by the UTF-8 bytes of the targets, so it compares tokenizers. It and the
+  bytes are None without `exact_bytes`: where `token_bytes` does not add up to the text's.
 
   Raises ValueError, before the step is called, for a batch whose arrays are not [B, T] of their
   dtypes, and for a token, target, source or row id outside its range, naming it.
@@ -79,9 +81,10 @@ def evaluate(
     nll += np.bincount(source, loss_BT[mask], len(sources))
     tokens += np.bincount(source, minlength=len(sources))
     size += np.bincount(source, token_bytes[batch["targets"][mask]], len(sources))
-  result: dict[str, Any] = _summary(nll.sum(), tokens.sum(), size.sum())
+  known = lambda size: size if exact_bytes else None
+  result: dict[str, Any] = _summary(nll.sum(), tokens.sum(), known(size.sum()))
   seen = [i for i in range(len(sources)) if tokens[i]]
-  result["by_source"] = {sources[i]: _summary(nll[i], tokens[i], size[i]) for i in seen}
+  result["by_source"] = {sources[i]: _summary(nll[i], tokens[i], known(size[i])) for i in seen}
   return result
 
 
@@ -119,12 +122,12 @@ def _rows(
   return tuple(jnp.zeros((*ids.shape, width), dtype) for ids in row_ids.values())
 
 
-def _summary(nll: float, tokens: float, size: float) -> dict[str, float | int]:
+def _summary(nll: float, tokens: float, size: float | None) -> dict[str, float | int | None]:
   loss = nll / max(tokens, 1)
   return {
     "loss": loss,
     "perplexity": math.exp(min(loss, 700.0)),
-    "bits_per_byte": nll / LN2 / max(size, 1),
+    "bits_per_byte": None if size is None else nll / LN2 / max(size, 1),
     "tokens": int(tokens),
-    "bytes": int(size),
+    "bytes": None if size is None else int(size),
   }

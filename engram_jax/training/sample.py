@@ -12,7 +12,8 @@ import numpy as np
 
 from engram_jax.core.mesh import replicated
 from engram_jax.errors import ConfigError
-from engram_jax.memory.vocabulary import Vocabulary, check_prompt
+from engram_jax.memory.token_text import continuation
+from engram_jax.memory.vocabulary import Vocabulary, check_prompt, encode_texts
 from engram_jax.training.state import TrainSetup, TrainState
 
 
@@ -50,21 +51,25 @@ def complete(
   temperature: float = 0.0,
   seed: int = 0,
 ) -> list[str]:
-  """Continues texts: encodes each prompt, calls `generate`, and decodes the new tokens."""
+  """Continues texts: encodes each prompt, calls `generate`, and decodes the new tokens behind it.
+
+  Raises ConfigError where the tokenizer fails.
+  """
   # As text was tokenised for training: with nothing put around it.
-  batch = vocabulary.tokenizer.encode_batch(list(prompts), add_special_tokens=False)
+  encoded = encode_texts(vocabulary.tokenizer, prompts, "prompt")
   new = generate(
     next_logits,
     setup,
     state,
     vocabulary,
-    [encoding.ids for encoding in batch],
+    encoded,
     max_new,
     end_id=end_id,
     temperature=temperature,
     seed=seed,
   )
-  return vocabulary.tokenizer.decode_batch(new)
+  pairs = zip(encoded, new, strict=True)
+  return [continuation(vocabulary.tokenizer, prompt, ids) for prompt, ids in pairs]
 
 
 def generate(

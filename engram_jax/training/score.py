@@ -26,11 +26,13 @@ from jax.sharding import Mesh
 
 from engram_jax.config.bounded import read_bounded, shorten
 from engram_jax.core.mesh import compute_dtype, make_mesh, platform, replicated
+from engram_jax.data.byte_counts import compare_bytes
 from engram_jax.data.tokenizer import token_bytes
 from engram_jax.errors import ConfigError, NonFiniteError
 from engram_jax.memory.compress import check_ids
 from engram_jax.memory.engram import ConvCache
-from engram_jax.memory.vocabulary import Vocabulary, failures_as
+from engram_jax.memory.token_text import token_texts
+from engram_jax.memory.vocabulary import Vocabulary, encode_texts
 from engram_jax.model.block import Block
 from engram_jax.model.mla import LatentAttention, LatentCache, empty_cache
 from engram_jax.tables.saved_run import load_run
@@ -48,9 +50,10 @@ class TextScores:
 
   Attributes:
     step: of the checkpoint.
-    tokens: T ids. texts: the text of each, alone; an incomplete character is U+FFFD.
+    tokens: T ids. texts: the text of each, its own; an incomplete character is U+FFFD.
     logprobs: T - 1 floats, nats, at most 0: each token given all before it, from the second on.
     target_bytes: UTF-8 bytes of the tokens from the second on; special tokens have none.
+    no_bytes: why these are not the text's; None where they are.
   """
 
   step: int
@@ -58,6 +61,7 @@ class TextScores:
   texts: list[str]
   logprobs: list[float]
   target_bytes: int
+  no_bytes: str | None = None
 
   @property
   def loss(self) -> float:
@@ -65,8 +69,10 @@ class TextScores:
     return -math.fsum(self.logprobs) / len(self.logprobs)
 
   @property
-  def bits_per_byte(self) -> float:
-    """Bits per UTF-8 byte of the predicted tokens, which compares tokenizers."""
+  def bits_per_byte(self) -> float | None:
+    """Bits per UTF-8 byte of the predicted tokens, which compares tokenizers; None if unknown."""
+    if self.no_bytes is not None:
+      return None
     return -math.fsum(self.logprobs) / math.log(2) / max(self.target_bytes, 1)
 
 
@@ -95,9 +101,13 @@ def score_text(
     with setup.tables:
       state = flush(setup, restore_state(saved.checkpoints, saved.step, setup))
       logprobs = score_tokens(make_score_step(setup), setup, state, saved.vocabulary, tokens)
-    texts = saved.tokenizer.decode_batch([[i] for i in tokens], skip_special_tokens=False)
-    size = int(token_bytes(saved.tokenizer)[tokens[1:]].sum())
-    return TextScores(saved.step, tokens, texts, logprobs.tolist(), size)
+    texts = token_texts(saved.tokenizer, tokens)
+    counts = token_bytes(saved.tokenizer)
+    size, why = (
+      int(counts[tokens[1:]].sum()),
+      compare_bytes(saved.tokenizer, counts, [text], [tokens]),
+    )
+    return TextScores(saved.step, tokens, texts, logprobs.tolist(), size, why)
 
 
 def read_text(name: str) -> str:
@@ -141,8 +151,7 @@ def encode_text(tokenizer: tokenizers.Tokenizer, text: str, *, special: bool = F
   tokenizer.no_truncation()
   tokenizer.no_padding()
   tokenizer.encode_special_tokens = True
-  with failures_as(lambda message: ConfigError(f"--score: the tokenizer failed: {message}")):
-    tokens = tokenizer.encode(text, add_special_tokens=special).ids
+  (tokens,) = encode_texts(tokenizer, [text], "--score", special=special)
   if len(tokens) < 2:
     raise ConfigError(
       f"--score: the text has {len(tokens)} token{'s' * (len(tokens) != 1)}: at least two are "

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import signal
 import sys
 
 import pytest
@@ -39,6 +40,41 @@ def test_the_texts_are_eval_s(lab, run, say):
   assert [one["text"] for one in result["completions"]] == expected
   assert result["step"] == 24
   assert all(one["finish"] in ("length", "end_of_text") for one in result["completions"])
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+  """The first text that is streamed meets a Ctrl-C after three tokens."""
+  stream, calls = generate.stream_completions, []
+
+  def stream_and_interrupt(*args, **options):
+    calls.append(None)
+    for count, step in enumerate(stream(*args, **options)):
+      if len(calls) == 1 and count == 3:
+        signal.raise_signal(signal.SIGINT)
+      yield step
+
+  monkeypatch.setattr(generate, "stream_completions", stream_and_interrupt)
+
+
+def test_ctrl_c_ends_the_text_and_the_conversation_goes_on(run, say, monkeypatch, interrupted):
+  monkeypatch.setattr(sys, "stdin", io.StringIO("def insort(\nimport\n"))
+  done = say("--run", run, "--interactive", "--tokens", 8)
+  assert done.code == 0, done.err
+  assert "stopped by Ctrl-C; the next prompt" in done.err
+  (whole,) = answers(say("--run", run, "--prompt", "import", "--tokens", 8, "--json"))[
+    "completions"
+  ]
+  assert done.out.startswith("def insort(")
+  assert done.out.endswith(f"\nimport{whole['text']}\n")
+
+
+def test_ctrl_c_ends_a_command_politely(run, say, interrupted):
+  done = say("--run", run, "--prompt", "import", "--tokens", 8)
+  assert done.code == 130
+  assert done.err.splitlines()[-1] == "stopped by Ctrl-C"
+  assert done.out.startswith("import")
+  assert done.out.endswith("\n")
 
 
 def test_tables_on_the_host_and_in_a_file_say_the_same(run, say, tmp_path):

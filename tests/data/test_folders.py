@@ -63,7 +63,7 @@ def test_packed_text_is_read_whole_and_in_pieces(tmp_path, packing):
   assert "".join(texts(path, "text")) == "eins\nzwei é\n"
 
 
-@pytest.mark.parametrize("packing", sorted(PACK.keys() - {".lzma", ".br"}))
+@pytest.mark.parametrize("packing", sorted(set(PACK) - {".lzma", ".br"}))
 def test_several_streams_in_a_file_are_one(tmp_path, packing):
   path = write(tmp_path / f"a.jsonl{packing}", *map(str, range(9000)))
   path.write_bytes(2 * path.read_bytes())

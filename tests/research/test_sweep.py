@@ -14,12 +14,13 @@ from conftest import ROOT
 
 from engram_jax.commands import sweep as command
 from engram_jax.config import load_config
+from engram_jax.config.load import fields
 from engram_jax.errors import ConfigError, DataError
 from engram_jax.research.arms import Arm, Claim, Design
 from engram_jax.research.report import read_csv, report_csv, report_sweep
 from engram_jax.research.runner import cpu_shares, work
 from engram_jax.research.source import find_commit
-from engram_jax.research.sweep import QUIET, Run, Sweep, choose, prepare_sweep
+from engram_jax.research.sweep import QUIET, Run, Sweep, _of_fields, choose, prepare_sweep
 
 DESIGN = Design(
   (
@@ -118,6 +119,17 @@ def test_a_folder_is_one_sweep_for_good(sweep, budget):
   with pytest.raises(ConfigError, match=r"another sweep \(commit: 0+ there"):
     prepare(sweep.folder, budget, seeds=3)
   (sweep.folder / "sweep.json").write_text(json.dumps(more.describe()))
+
+
+def test_fields_that_the_commit_has_not_are_left_out_at_their_default(budget):
+  known = frozenset(fields()) - {"data.seed", "train.z_loss"}
+  tree = _of_fields(budget, known)
+  assert "seed" not in tree["data"]
+  assert "z_loss" not in tree["train"]
+  assert tree["model"] == budget.model_dump(mode="json")["model"]
+  other = budget.model_copy(update={"data": budget.data.model_copy(update={"seed": 3})})
+  with pytest.raises(ConfigError, match=r"data\.seed=3: the code of --commit has no such field"):
+    _of_fields(other, known)
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(lab, budget, sweep, tmp_path):
