@@ -20,7 +20,7 @@ import jax
 import tyro
 from jax.sharding import Mesh
 
-from engram_jax.cli import run_command
+from engram_jax.cli import require_text, run_command
 from engram_jax.config import Config
 from engram_jax.core.mesh import make_mesh
 from engram_jax.core.run_directory import TOKENIZER
@@ -124,6 +124,8 @@ def check(args: Args) -> None:
     raise ConfigError("--special is for --score FILE: give both, or leave it out")
   if "" in args.prompt:
     raise ConfigError("--prompt '' is empty; give some text to continue")
+  for prompt in args.prompt:
+    require_text("--prompt", prompt)
 
 
 def losses(setup: TrainSetup, state: TrainState, data: PreparedData, batches: int | None) -> dict:

@@ -5,6 +5,7 @@ dicts, so that every check and message is config's own.
 """
 
 import argparse
+import os
 import pathlib
 import signal
 import sys
@@ -21,7 +22,10 @@ from tyro.constructors import (
 )
 
 from engram_jax.config import Config, build, load_config
+from engram_jax.config.bounded import shorten
+from engram_jax.config.model import require_unicode
 from engram_jax.core import watchdog
+from engram_jax.core.run_advice import advise
 from engram_jax.core.terminal import flush_streams, prepare_streams
 from engram_jax.errors import EXIT_STOPPED, ConfigError, EngramError
 
@@ -59,9 +63,9 @@ def _defaults(config: str | None, init_from: str) -> tuple[Config, str]:
     return load_config(config or DEFAULT_CONFIG), config or DEFAULT_CONFIG
   run = pathlib.Path(init_from)
   saved = run / "config.yaml"  # not by core.run_directory, which imports jax
-  if not saved.is_file():
+  if not os.path.isfile(saved):
     raise ConfigError(
-      f"train.init_from={init_from!r}: no config.yaml there; give a folder that train.py wrote"
+      f"train.init_from={shorten(init_from, 1000)}: no config.yaml there; {advise(run)}"
     )
   data = {"tokenizer": str(run / "tokenizer.json")}
   default = load_config(DEFAULT_CONFIG)
@@ -177,6 +181,14 @@ def run_kind(
     print(f"error: {unknown} {name!r}; there are: {', '.join(kinds)}", file=sys.stderr)
     return 2
   return kinds[name](argv[1:])
+
+
+def require_text(option: str, text: str) -> None:
+  """Raises ConfigError for an option's value that holds bytes that are no UTF-8."""
+  try:
+    require_unicode(f"{option} ", text)
+  except ValueError as error:
+    raise ConfigError(str(error).replace(" =", " ", 1)) from None
 
 
 def log(message: str) -> None:

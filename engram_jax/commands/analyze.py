@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 
 from engram_jax.analysis.gates import gates_html, gates_png
-from engram_jax.cli import log, run_kind
+from engram_jax.cli import log, require_text, run_kind
 from engram_jax.errors import ConfigError
 from engram_jax.inference.completion import encode_prompts
 from engram_jax.inference.decoder import Decoder
@@ -49,6 +49,7 @@ def analyze_gates(argv: Sequence[str]) -> int:
   for path in (args.html, args.png):
     if path is not None and not path.absolute().parent.is_dir():
       raise ConfigError(f"{path}: there is no folder {path.absolute().parent}")
+  require_text("--text", args.text)
   model = load_model(args.run, args.step, log)
   result = text_gates(model, args.text)
   layers = list(result["gates"])

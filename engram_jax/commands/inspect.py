@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from engram_jax.cli import log
+from engram_jax.cli import log, require_text
 from engram_jax.interop.reader import MemoryReader
 
 
@@ -41,6 +41,8 @@ class InspectArgs:
 def main(argv: Sequence[str]) -> int:
   """Describes a checkpoint's memory, and shows the rows that it holds for a text."""
   args = tyro.cli(InspectArgs, prog="python -m engram_jax inspect", args=argv, description=__doc__)
+  if args.text is not None:
+    require_text("--text", args.text)
   with MemoryReader(args.checkpoint, verify=args.verify) as reader:
     if reader.caveat:
       log(reader.caveat)

@@ -19,6 +19,7 @@ from typing import Any
 import tyro
 
 from engram_jax.cli import log
+from engram_jax.config.bounded import read_bounded
 from engram_jax.core.signals import StopRequest
 from engram_jax.errors import ConfigError
 from engram_jax.inference.decoder import Decoder
@@ -31,6 +32,7 @@ from engram_jax.inference.load import (
 )
 
 API_KEY = "ENGRAM_API_KEY"
+MAX_TEMPLATE_BYTES = 16 << 20  # of a chat template, or of a tokenizer_config.json
 SPECIAL_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 
 
@@ -127,8 +129,8 @@ def read_template(
   config: Any = {}
   if config_path.exists():
     try:
-      config = json.loads(config_path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+      config = json.loads(read_bounded(config_path, MAX_TEMPLATE_BYTES).decode())
+    except (ValueError, OSError, RecursionError) as error:
       raise ConfigError(f"{config_path}: {error}") from None
   if not isinstance(config, dict):
     raise ConfigError(f"{config_path}: must be an object, not {type(config).__name__}")
@@ -137,7 +139,7 @@ def read_template(
   file = path or run / "chat_template.jinja"
   if path or file.exists():
     try:
-      return file.read_text("utf-8"), names
+      return read_bounded(file, MAX_TEMPLATE_BYTES).decode(), names
     except (ValueError, OSError) as error:
       raise ConfigError(f"chat template {file}: {error}") from None
   template = _default_template(config.get("chat_template"))

@@ -38,6 +38,14 @@ def require(ok: bool, message: str) -> None:
     raise ValueError(message)
 
 
+def require_unicode(name: str, text: str) -> None:
+  """Raises ValueError for surrogates: bytes of a command line that are no UTF-8 become such."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    raise ValueError(f"{name}={text[:100]!a} holds bytes that are no UTF-8: give text") from None
+
+
 class EngramConfig(Frozen):
   """The conditional memory (arXiv 2601.07372, section 2). `layers: []` is a model without one."""
 

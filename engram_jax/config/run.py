@@ -16,6 +16,7 @@ from engram_jax.config.model import (
   Positive,
   Rate,
   require,
+  require_unicode,
 )
 from engram_jax.errors import ConfigError
 
@@ -169,6 +170,7 @@ class TrainConfig(Frozen):
       f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} "
       f"micro-batches",
     )
+    require_unicode("sample_prompt", self.sample_prompt)
     require(
       bool(self.sample_prompt) or not self.sample_tokens,
       f"sample_prompt={self.sample_prompt!r} has nothing to continue: give some text, or "
@@ -266,6 +268,11 @@ class RunConfig(Frozen):
   """Go on from the newest checkpoint with other steps, rates, schedule or order of windows than the
   run was made with; they are written down in its folder."""
   log_level: Literal["info", "debug"] = "info"
+
+  @model_validator(mode="after")
+  def _check(self) -> "RunConfig":
+    require_unicode("root", self.root)  # TensorStore takes no other path
+    return self
 
   @property
   def directory(self) -> pathlib.Path:

@@ -8,6 +8,8 @@ import sys
 import pytest
 
 import engram_jax
+from engram_jax.config import load_config
+from engram_jax.errors import ConfigError
 
 ROOT = pathlib.Path(engram_jax.__file__).parents[1]
 PROGRAM = """
@@ -149,3 +151,27 @@ def require_no_traceback(folder: pathlib.Path, words: list[str | bytes], name: b
   assert done.returncode in (2, 3, 5), done.stderr
   assert b"Traceback" not in done.stderr
   assert done.stderr.isascii()
+
+
+@pytest.mark.parametrize("field", ["run.root", "train.sample_prompt"])
+def test_what_must_be_text_is_refused_before_anything_runs(field):
+  with pytest.raises(ConfigError, match=r"='\\udcff' holds bytes that are no UTF-8"):
+    load_config(None, {field: "\udcff"})
+
+
+@pytest.mark.parametrize(
+  "words",
+  [
+    ["eval", "--run", "x", "--prompt", b"\xff"],
+    ["analyze", "gates", "--run", "x", "--text", b"\xff"],
+    ["inspect", "--checkpoint", "x", "--text", b"\xff"],
+    ["generate", "--run", "x", "--prompt", b"\xff"],
+  ],
+  ids=lambda words: words[0],
+)
+def test_texts_that_are_no_text_are_refused(tmp_path, words):
+  done = run(tmp_path, "-m", "engram_jax", *words, JAX_PLATFORMS="cpu")
+  assert done.returncode == 2
+  assert done.stderr.startswith(
+    f"error: {words[-2]} '\\udcff' holds bytes that are no UTF-8".encode()
+  )

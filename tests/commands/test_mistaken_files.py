@@ -180,3 +180,25 @@ def test_a_real_pointer_is_known(tmp_path):
   (tmp_path / "p").write_bytes(done.stdout)
   with pytest.raises(ConfigError, match=NAMED):
     read_tokenizer(tmp_path / "p")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_pointer_in_place_of_a_template_is_named(tmp_path, name):
+  point(tmp_path / name)
+  with pytest.raises(ConfigError, match=rf"{name}: {NAMED}"):
+    serve.read_template(tmp_path)
+
+
+def test_a_warm_start_from_an_export_names_convert_import(export, lab, tmp_path):
+  for words in ((), ("--config", lab.config)):
+    done = lab.run(lab.train, *words, "--run.root", tmp_path, "--train.init_from", export)
+    assert done.code == 2
+    assert f"convert import --from {export} --run runs/NAME" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a/" * 3000, "nul\0"])
+def test_a_path_that_cannot_be_is_no_run(path):
+  with pytest.raises(ConfigError, match=r"no config\.yaml there; ") as caught:
+    open_run(path)
+  assert len(str(caught.value)) < 1200
