@@ -1,4 +1,4 @@
-"""Advice on a folder that was given as a run and is none: what it seems to be, what to give instead.
+"""Advice on a folder that was given as a run and is none: what it seems to be, what to give.
 
 Without jax, so that the command line can import it.
 """
