@@ -32,7 +32,7 @@ BESIDE_DATA = frozenset(
     # of data sets
     *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"),
     *("metadata.json", "dataset-metadata.json", "croissant.json", "datapackage.json"),
-    *("schema.json", "manifest.json", "readme.md"),
+    *("schema.json", "manifest.json"),
     # of programs
     *("package.json", "package-lock.json", "requirements.txt"),
   )
