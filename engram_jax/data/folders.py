@@ -34,7 +34,7 @@ BESIDE_DATA = frozenset(
     *("metadata.json", "dataset-metadata.json", "croissant.json", "datapackage.json"),
     *("schema.json", "manifest.json"),
     # of programs
-    *("package.json", "package-lock.json", "requirements.txt"),
+    *("package.json", "package-lock.json"),
   )
 )
 # Folders that systems keep on disks of theirs.
