@@ -9,6 +9,7 @@ failure is a StorageError.
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from engram_jax.errors import StorageError
@@ -30,7 +31,7 @@ def prepare_streams() -> None:
       stream.reconfigure(errors="backslashreplace")
     # A stream that was put in place of the real one (a test's, a notebook's) is its owner's.
     if stream is getattr(sys, f"__{name}__"):
-      setattr(sys, name, _Output(stream) if name == "stdout" else _Messages(stream))
+      setattr(sys, name, _Stream(stream, _end_output if name == "stdout" else _drop_message))
 
 
 def flush_streams() -> None:
@@ -61,10 +62,10 @@ def _fill_descriptors() -> None:
 
 
 class _Stream:
-  """A stream whose failures are handled; everything else is the stream's own."""
+  """A stream whose failures a function handles; everything else is the stream's own."""
 
-  def __init__(self, stream: Any):
-    self._stream = stream
+  def __init__(self, stream: Any, handle: Callable[[OSError], None]):
+    self._stream, self._handle = stream, handle
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._stream, name)
@@ -93,17 +94,17 @@ class _Stream:
       self._fail(error)
 
   def _fail(self, error: OSError) -> None:
-    raise NotImplementedError
-
-
-class _Output(_Stream):
-  def _fail(self, error: OSError) -> None:
     silence(self._stream)
-    if isinstance(error, BrokenPipeError):
-      raise SystemExit(0)  # what rich, argparse and we ourselves print with would make of it varies
-    raise StorageError(f"standard output cannot be written: {error.strerror}") from None
+    self._handle(error)
 
 
-class _Messages(_Stream):
-  def _fail(self, error: OSError) -> None:
-    silence(self._stream)
+def _end_output(error: OSError) -> None:
+  """Ends the command: results that cannot be written are none."""
+  if isinstance(error, BrokenPipeError):
+    raise SystemExit(0)  # what rich, argparse and we ourselves print with would make of it varies
+  raise StorageError(f"standard output cannot be written: {error.strerror}") from None
+
+
+def _drop_message(error: OSError) -> None:
+  """Goes on: nobody can be told."""
+  del error

@@ -1,4 +1,4 @@
-"""What a terminal cannot show, or take at all, ends no command."""
+"""Commands end as they should where a terminal cannot show or take what they print."""
 
 import os
 import pathlib

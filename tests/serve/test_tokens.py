@@ -1,4 +1,4 @@
-"""What the API says in tokens: their text behind the prompt, their names, and one that fails."""
+"""Tokens in answers of the API: their text, names of their own, a fault that is one request's."""
 
 import json
 
