@@ -83,8 +83,8 @@ def main() -> int:
     result: dict[str, Any] = {"run": str(args.run), "step": saved.step}
     result |= losses(setup, state, data, args.batches)
     result["samples"] = samples(setup, state, data, args)
-  if data.no_bytes is not None:
-    log(f"no bits per byte: {data.no_bytes}")
+  if data.bits_per_byte_problem is not None:
+    log(f"no bits per byte: {data.bits_per_byte_problem}")
   if args.json:
     print(json.dumps(result))
   else:
@@ -116,7 +116,7 @@ def check(args: Args) -> None:
     value = getattr(args, name)
     if value is not None and value < lowest:
       raise ConfigError(f"--{name} {value} must be at least {lowest}")
-  for name in ("batches", "prompt", "tokens", "temperature", "seed"):
+  for name in ("batches", "data_path", "prompt", "tokens", "temperature", "seed"):
     default = Args.__dataclass_fields__[name].default
     if args.score is not None and getattr(args, name) != default:
       raise ConfigError(f"--{name} has no meaning with --score: leave either out")
@@ -145,7 +145,7 @@ def losses(setup: TrainSetup, state: TrainState, data: PreparedData, batches: in
         data.token_bytes,
         data.source_names,
         memory=memory,
-        exact_bytes=data.no_bytes is None,
+        exact_bytes=data.bits_per_byte_problem is None,
       )
   return result
 
@@ -199,8 +199,8 @@ def print_scores(args: Args, scores: TextScores) -> None:
   for name in ("tokens", "logprobs", "loss", "bits_per_byte"):
     result[name] = getattr(scores, name)
   print(json.dumps(result))
-  if scores.no_bytes is not None:
-    print(f"no bits per byte: {scores.no_bytes}", file=sys.stderr)
+  if scores.bits_per_byte_problem is not None:
+    print(f"no bits per byte: {scores.bits_per_byte_problem}", file=sys.stderr)
 
 
 def show_scores(args: Args, scores: TextScores) -> None:
@@ -211,8 +211,8 @@ def show_scores(args: Args, scores: TextScores) -> None:
     print(f"{token:8}{logprob:>12}  {text!r}")
   bits = "" if scores.bits_per_byte is None else f", {scores.bits_per_byte:.4f} bits a byte"
   print(f"loss {scores.loss:.4f} nats a token{bits}, {len(scores.logprobs):,} tokens predicted")
-  if scores.no_bytes is not None:
-    print(f"no bits per byte: {scores.no_bytes}")
+  if scores.bits_per_byte_problem is not None:
+    print(f"no bits per byte: {scores.bits_per_byte_problem}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from engram_jax.core.metrics import MetricsWriter
 from engram_jax.core.periodic_saves import PeriodicSaves
 from engram_jax.core.profiling import TraceWindow, matmul_peak
 from engram_jax.core.resume import find_start
-from engram_jax.core.run_changes import require_steps_left
+from engram_jax.core.run_changes import last_change, require_known_text, require_steps_left
 from engram_jax.core.run_directory import (
   CHECKPOINTS,
   PROFILE,
@@ -115,6 +115,7 @@ def train_run(cfg: Config, stop: StopRequest) -> int:
     meta = checkpoints.meta(start) if start is not None else {}
     if meta:
       check_fingerprint(meta, fingerprint, str(run.path))
+      require_known_text(run.changes, meta, run.path)
     check_tokenizer_file(run.path / TOKENIZER, data.vocabulary.tokenizer_digest)
     if start == train.steps:
       log(f"{run.path} is finished ({start} steps); for another run choose another --run.name")
@@ -133,6 +134,7 @@ def train_run(cfg: Config, stop: StopRequest) -> int:
     for change in run.changes:
       log(f"from step {start + 1} on {change.field} is {change.now!r}, {change.before!r} before")
     run.write_changes(start)
+    changed_after = last_change(run.path)
 
     # --- the loop ---------------------------------------------------------------------------
     writer = stack.enter_context(
@@ -169,8 +171,8 @@ def train_run(cfg: Config, stop: StopRequest) -> int:
       if evaluating or step % train.log_every == 0:
         values = {name: float(metrics[name]) for name in metrics if name not in NOT_LOGGED}
         values |= clock.read(flops, peak) | tables.counts(state.tables) | saves.metrics()
-        if run.changes:
-          values["config_changed_after_step"] = start
+        if changed_after is not None:
+          values["config_changed_after_step"] = changed_after
         report(step, values, bar)
         if evaluating:
           with clock.stopped(), contextlib.closing(validation.iterate()) as examples:
@@ -183,7 +185,7 @@ def train_run(cfg: Config, stop: StopRequest) -> int:
               unless_hurried(stop, last, eval_batches),
               data.token_bytes,
               data.source_names,
-              exact_bytes=data.no_bytes is None,
+              exact_bytes=data.bits_per_byte_problem is None,
             )
           if is_hurried(stop, last):
             log(f"step {step}: stopped before its validation loss was known")

@@ -25,7 +25,7 @@ from engram_jax.config import Config, build, load_config
 from engram_jax.config.bounded import shorten
 from engram_jax.config.model import require_unicode
 from engram_jax.core import watchdog
-from engram_jax.core.run_advice import advise
+from engram_jax.core.run_advice import CONFIG, TOKENIZER, advise
 from engram_jax.core.terminal import flush_streams, prepare_streams
 from engram_jax.errors import EXIT_STOPPED, ConfigError, EngramError
 
@@ -62,15 +62,15 @@ def _defaults(config: str | None, init_from: str) -> tuple[Config, str]:
   if config is not None or not init_from:
     return load_config(config or DEFAULT_CONFIG), config or DEFAULT_CONFIG
   run = pathlib.Path(init_from)
-  saved = run / "config.yaml"  # not by core.run_directory, which imports jax
-  if not os.path.isfile(saved):
+  path = run / CONFIG  # not by core.run_directory, which imports jax
+  if not os.path.isfile(path):
     raise ConfigError(
       f"train.init_from={shorten(init_from, 1000)}: no config.yaml there; {advise(run)}"
     )
-  data = {"tokenizer": str(run / "tokenizer.json")}
-  default = load_config(DEFAULT_CONFIG)
+  saved, default = load_config(path).on_device(), load_config(DEFAULT_CONFIG)
+  data = {"tokenizer": str(run / TOKENIZER), "end_of_text": saved.data.end_of_text}
   default = default.model_copy(
-    update={"model": load_config(saved).model, "data": default.data.model_copy(update=data)}
+    update={"model": saved.model, "data": default.data.model_copy(update=data)}
   )
   return default, f"{DEFAULT_CONFIG} with the model of {init_from}"
 

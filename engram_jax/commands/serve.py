@@ -33,7 +33,9 @@ from engram_jax.inference.load import (
 
 API_KEY = "ENGRAM_API_KEY"
 MAX_TEMPLATE_BYTES = 16 << 20  # of a chat template, or of a tokenizer_config.json
-SPECIAL_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+SPECIAL_TOKEN_FIELDS = [
+  f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +136,7 @@ def read_template(
       raise ConfigError(f"{config_path}: {error}") from None
   if not isinstance(config, dict):
     raise ConfigError(f"{config_path}: must be an object, not {type(config).__name__}")
-  tokens = {k: _token_text(v) for k, v in config.items() if k in SPECIAL_TOKENS}
+  tokens = {k: _token_text(v) for k, v in config.items() if k in SPECIAL_TOKEN_FIELDS}
   names = {k: v for k, v in tokens.items() if isinstance(v, str)}
   file = path or run / "chat_template.jinja"
   if path or file.exists():

@@ -192,7 +192,10 @@ def _config(budget: str, args: SweepArgs) -> Config:
     field, equals, value = setting.partition("=")
     if not equals:
       raise ConfigError(f"--set {setting!r} must be FIELD=VALUE, such as train.steps=600")
-    overrides[field] = yaml.safe_load(value)
+    try:
+      overrides[field] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+      raise ConfigError(f"--set {setting!r}: {' '.join(str(error).split())}") from None
   return load_config(path, overrides)
 
 
@@ -213,8 +216,11 @@ def _execute(kind: str, args: SweepArgs, configs: dict[str, Config], design: Des
 
   require_libraries()
   if root is not None and is_changed(root):
-    log("what is not committed is not in the runs: they import the commit's code")
-  sweep = prepare_sweep(folder, kind, budget, configs, design, args.seeds, args.commit)
+    log(
+      "the runs import the commit's code; budget and arms are of this checkout, which has changes"
+    )
+  label = ", ".join([budget, *args.set])
+  sweep = prepare_sweep(folder, kind, label, configs, design, args.seeds, args.commit)
   runs = choose(sweep.runs, args.index, args.share)
   log(f"{folder}: {len(runs)} of {len(sweep.runs)} runs, commit {sweep.commit[:12]}")
   try:

@@ -9,7 +9,7 @@ from engram_jax.errors import ConfigError
 
 SHOWN_CHARACTERS = 100  # of a value, in a message
 POINTER = "is a git-lfs pointer: the file itself was not fetched; `git lfs pull` fetches it"
-HEAD_BYTES = 512  # of a file, enough to see what it is
+HEAD_BYTES = 1025  # of a file, enough to see what it is, and that it is larger than a pointer
 _POINTER_START = b"version https://git-lfs.github.com/spec/"
 _MAX_POINTER_BYTES = 1024  # git-lfs's own limit
 _STARTS = {

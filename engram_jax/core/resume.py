@@ -7,6 +7,7 @@ from engram_jax.core.checkpoint import Checkpoints
 from engram_jax.core.distributed import on_main
 from engram_jax.core.metrics import NAME as METRICS
 from engram_jax.core.metrics import last_step
+from engram_jax.core.run_changes import HISTORY
 from engram_jax.core.run_directory import CHECKPOINTS, RunDirectory
 from engram_jax.errors import NoUsableCheckpoint
 
@@ -41,6 +42,6 @@ def find_start(
         "step 0 with --run.start_over True, which moves what is there aside"
       ) from None
     log(f"{error}")
-    aside = run.set_aside((CHECKPOINTS, NEWEST, METRICS, "tensorboard"))
+    aside = run.set_aside((CHECKPOINTS, NEWEST, METRICS, HISTORY, "tensorboard"))
     log(f"beginning again at step 0; what was there is in {aside}")
     return None

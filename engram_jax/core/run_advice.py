@@ -8,7 +8,7 @@ import pathlib
 
 from engram_jax.config.bounded import PointerError, read_bounded, shorten
 
-CONFIG = "config.yaml"
+CONFIG, TOKENIZER = "config.yaml", "tokenizer.json"  # of a run
 MODEL_CONFIG, EXPORT = "config.json", "engram_jax"  # of an export: its file, its model_type there
 
 

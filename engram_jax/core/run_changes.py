@@ -1,9 +1,10 @@
 """The fields that may differ from one start of a run to the next, and how the others are refused.
 
-Three kinds. What changes no number is free: folders, devices, programs, what is logged and saved.
-So is where the text lies, since a checkpoint knows its text and tokenizer by their digests. What
-changes the steps to come (their number, the rates, the order of windows) is taken with
-`run.extend`, from the newest checkpoint on, and written down. Everything else is another run.
+Three kinds. What changes no step is free: folders, devices and programs (which may change last
+digits), what is logged, evaluated and saved. So is where the text lies, since a checkpoint knows
+its text and tokenizer by their digests. What changes the steps to come (their number, the rates,
+the order of windows) is taken with `run.extend`, from the newest checkpoint on, and written down.
+Everything else is another run.
 """
 
 import json
@@ -116,6 +117,25 @@ def _refusal(cfg: Config, changes: Sequence[Change], *, can_extend: bool) -> str
     f"run.name={cfg.run.name!r}: {cfg.run.directory} was made with another config:\n{lines}\n"
     f"{advice}"
   )
+
+
+def last_change(folder: pathlib.Path) -> int | None:
+  """The step after which the newest change to a run's steps holds; None where there is none."""
+  path = folder / HISTORY
+  lines = path.read_text().splitlines() if path.exists() else []
+  entries = [json.loads(line) for line in lines]
+  steps = [e["after_step"] for e in entries if not set(e["changes"]) <= set(BY_DIGEST)]
+  return steps[-1] if steps else None
+
+
+def require_known_text(changes: Sequence[Change], meta: dict[str, Any], run: pathlib.Path) -> None:
+  """ConfigError where text has moved, and a checkpoint of before knows it by a sample alone."""
+  moved = [c.field for c in changes if c.field in BY_DIGEST]
+  if moved and meta and "corpus_content_digest" not in meta:
+    raise ConfigError(
+      f"{run} was trained by an older version, whose checkpoints know their text by a sample: "
+      f"{', '.join(moved)} must be as they were there"
+    )
 
 
 def require_steps_left(cfg: Config, start: int) -> None:

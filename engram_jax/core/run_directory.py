@@ -21,12 +21,10 @@ from engram_jax.config import NAMED_TOKENIZERS, Config, load_config
 from engram_jax.config.bounded import cut, read_bounded, user_path
 from engram_jax.core.distributed import is_main, on_main
 from engram_jax.core.manifest import PARTIAL, replace_file
-from engram_jax.core.run_advice import advise
+from engram_jax.core.run_advice import CONFIG, TOKENIZER, advise
 from engram_jax.core.run_changes import Change, find_changes, write_changes
 from engram_jax.errors import ConfigError, StorageError
 
-CONFIG = "config.yaml"
-TOKENIZER = "tokenizer.json"
 CHECKPOINTS = "checkpoints"
 PROFILE = "profile"
 _LOCK = ".lock"
@@ -96,7 +94,7 @@ def _check_config(cfg: Config) -> tuple[bool, list[Change]]:
         "of this project; choose another --run.name"
       )
     return False, []
-  return True, find_changes(load_config(saved), absolute_paths(cfg))
+  return True, find_changes(absolute_paths(load_config(saved)), absolute_paths(cfg))
 
 
 def absolute_paths(cfg: Config) -> Config:

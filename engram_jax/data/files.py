@@ -5,7 +5,7 @@ order of their names. A document's source in evaluations is what its row names
 (`data.source_field`), or else its file's name, or the name of the folder directly below `data.path`
 that holds it.
 
-What a reader holds at once is bounded by unpack.LINE_BYTES, or by a file that is one document.
+What a reader holds at once is bounded by decompress.LINE_BYTES, or by a file that is one document.
 """
 
 import itertools
@@ -17,10 +17,10 @@ from typing import Any
 
 from engram_jax.config import DataConfig
 from engram_jax.config.bounded import HEAD_BYTES, name_mistake, shorten, user_path
-from engram_jax.data import folders, unpack
+from engram_jax.data import decompress, folders
 from engram_jax.data.columns import read_array_record, read_parquet
+from engram_jax.data.decompress import Line, decode, read_lines
 from engram_jax.data.rows import BadRow, Document, Row, SourceNames, attempt, keep_good
-from engram_jax.data.unpack import Line, decode, read_lines
 from engram_jax.errors import ConfigError, DataError
 
 READER_VERSION = 2  # part of a corpus's identity: raise it when files give other documents
@@ -90,7 +90,7 @@ def _read_rows(cfg: DataConfig, names: SourceNames) -> Iterator[Row]:
         yield from _read_text_file(path, name, names)
     except (DataError, ConfigError):
       raise
-    except (*unpack.UNPACK_ERRORS, ValueError) as error:
+    except (*decompress.DECOMPRESS_ERRORS, ValueError) as error:
       raise DataError(f"{path}: cannot be read: {error}") from None
 
 
@@ -126,7 +126,7 @@ def _root(cfg: DataConfig) -> pathlib.Path:
 
 
 def _text_document(path: pathlib.Path, name: str, names: SourceNames) -> Document:
-  text = decode(unpack.read_document(path), str(path)).replace("\r\n", "\n")
+  text = decode(decompress.read_document(path), str(path)).replace("\r\n", "\n")
   return Document(names.of(None, name), text)
 
 

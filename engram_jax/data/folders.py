@@ -19,8 +19,8 @@ SUFFIXES = {
   "parquet": (".parquet", ".pq"),
   "array_record": (".array_record", ".arrayrecord"),
 }
-PACKINGS = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".zstd", ".lz4", ".br")
-PACKED_SOURCES = ("text", "jsonl")  # the other formats pack their own blocks
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".zstd", ".lz4", ".br")
+COMPRESSED_SOURCES = ("text", "jsonl")  # the other formats pack their own blocks
 # What tools write beside data, under these names whatever the data is.
 BESIDE_DATA = frozenset(
   (
@@ -160,10 +160,10 @@ def _leads_nowhere(entry: os.DirEntry) -> bool:
 
 
 def _suffix(name: str, source: str) -> str:
-  """The suffix by which a file belongs to a source, with its packing's; empty if it does not."""
+  """The suffix by which a file belongs to a source, with the compression's; empty if none."""
   name = name.lower()
-  packings = ("", *PACKINGS) if source in PACKED_SOURCES else ("",)
-  suffixes = (suffix + packing for suffix in SUFFIXES[source] for packing in packings)
+  compressions = ("", *COMPRESSIONS) if source in COMPRESSED_SOURCES else ("",)
+  suffixes = (suffix + kind for suffix in SUFFIXES[source] for kind in compressions)
   return next((suffix for suffix in suffixes if name.endswith(suffix)), "")
 
 

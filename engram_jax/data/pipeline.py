@@ -138,8 +138,8 @@ class PreparedData:
     training, validation: the two corpora.
     source_names: names that a batch's `source` indexes.
     token_bytes: int32 [V], UTF-8 bytes of each id's text; 0 for special tokens.
-    no_bytes: why those do not add up to the validation text's, so that nothing can be said in bits
-      per byte; None where they do.
+    bits_per_byte_problem: why those do not add up to the validation text's, so that nothing can be
+      said in bits per byte; None where they do.
     end_id: the id that ends a document.
     description: lines for people: the origin of the text, and how much it is.
   """
@@ -152,7 +152,7 @@ class PreparedData:
   token_bytes: np.ndarray
   end_id: int
   description: tuple[str, ...]
-  no_bytes: str | None = None
+  bits_per_byte_problem: str | None = None
 
   def training_pipeline(self, batch_size: int | None = None) -> Pipeline:
     """Shuffled, endless training batches.
@@ -235,8 +235,9 @@ def _prepare(cfg: Config, log: Log) -> PreparedData:
     folder, documents(), text_tokenizer, end_id, cfg.data, log
   )
   counts = tokenizer.token_bytes(text_tokenizer)
-  again = lambda: deduplicate(sources.read_documents(cfg.data, lambda line: None))
-  no_bytes = check_bytes(folder, text_tokenizer, counts, again, cfg.data.validation_fraction)
+  problem = None
+  if cfg.data.tokenizer != "bpe":  # our own stands for each byte of a text by construction
+    problem = check_bytes(folder, text_tokenizer, counts, documents, cfg.data.validation_fraction)
   return PreparedData(
     cfg=cfg,
     vocabulary=Vocabulary.build(cfg.model, text_tokenizer, cache / "token_maps"),
@@ -245,8 +246,8 @@ def _prepare(cfg: Config, log: Log) -> PreparedData:
     source_names=names,
     token_bytes=counts,
     end_id=end_id,
-    description=_description(cfg, text_tokenizer, digest, training, validation, no_bytes),
-    no_bytes=no_bytes,
+    description=_description(cfg, text_tokenizer, digest, training, validation, problem),
+    bits_per_byte_problem=problem,
   )
 
 
@@ -256,7 +257,7 @@ def _description(
   digest: str,
   training: Corpus,
   validation: Corpus,
-  no_bytes: str | None,
+  bits_per_byte_problem: str | None,
 ) -> tuple[str, ...]:
   lines = (
     f"text: {sources.describe(cfg.data)}",
@@ -265,7 +266,11 @@ def _description(
     f"training: {training.document_count:,} documents, {len(training.tokens):,} tokens",
     f"validation: {validation.document_count:,} documents, {len(validation.tokens):,} tokens",
   )
-  return lines if no_bytes is None else (*lines, f"no bits per byte: {no_bytes}")
+  return (
+    lines
+    if bits_per_byte_problem is None
+    else (*lines, f"no bits per byte: {bits_per_byte_problem}")
+  )
 
 
 def _digest(*parts: Any) -> str:

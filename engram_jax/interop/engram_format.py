@@ -66,7 +66,7 @@ def tensor_name(path: str) -> str:
 
 
 def portable(cfg: Config) -> Config:
-  """The config without what is of this machine: folders, names of hosts, threads.
+  """The config without what is of this machine: folders and names of hosts.
 
   Of a path to the user's text, or of a run to start from, the last name stays.
   """

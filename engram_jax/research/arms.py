@@ -185,7 +185,9 @@ def ladder(configs: dict[str, Config]) -> Design:
     budget = Budget.of(cfg)
     arms.append(Arm(f"{name}_{MEMORY}", {}, "memory", x=float(budget.active), budget=name))
     changes = allocate(cfg, 1.0).changes
-    arms.append(Arm(f"{name}_{TWIN}", changes, "experts", x=float(budget.active), budget=name))
+    arms.append(
+      Arm(f"{name}_{TWIN}", changes, "no memory: more experts", x=float(budget.active), budget=name)
+    )
     question = f"At {budget.active:,} active parameters, does the memory beat experts?"
     claims.append(Claim(question, f"{name}_{TWIN}", f"{name}_{MEMORY}"))
   return Design(tuple(arms), tuple(claims), axis="active parameters")
@@ -206,7 +208,7 @@ def _plain_bigram(cfg: Config) -> dict[str, Any]:
     "model.engram.max_ngram": 2,
     "model.engram.heads": 1,
     "model.engram.row_width": cfg.model.width,
-    "model.engram.rows_per_head": _rows_of_width(cfg, cfg.model.width, heads=1),
+    "model.engram.rows_per_head": cfg.model.engram.rows_per_head[0],  # to be solved
     "model.engram.gate": "none",
     "model.engram.projections": False,
     "model.engram.conv_kernel": 0,
@@ -238,10 +240,3 @@ def _one_branch_twin(cfg: Config, one: dict[str, Any]) -> Arm:
   budget = Budget.of(cfg)
   changes = allocate(changed(cfg, one), 1.0, budget).changes | one
   return Arm("one_branch_twin", changes, "no memory, a plain residual stream")
-
-
-def _rows_of_width(cfg: Config, width: int, heads: int) -> int:
-  """Rows a head of another width that hold as many numbers as the config's tables."""
-  engram = cfg.model.engram
-  numbers = sum(engram.rows_per_head) * engram.heads * engram.row_width
-  return max(numbers // (width * heads), 2)

@@ -3,21 +3,16 @@
 import pathlib
 from typing import Any
 
+from engram_jax.research.arms import MEMORY, TWIN
+
 COLOUR, PALE, GREY = "#1f4e79", "#8fb4d9", "#666666"
 
 
-def draw(
-  path: pathlib.Path,
-  found: dict[str, Any],
-  losses: dict[str, dict[int, float]],
-  x: dict[str, float],
-  axis: str,
-) -> None:
+def draw(path: pathlib.Path, found: dict[str, Any], axis: str) -> None:
   """Writes a PNG.
 
   Args:
-    found: the statistics of the sweep. losses: {arm: {seed: nats}}.
-    x: {arm: its place}; arms without one are lines across a curve.
+    found: the statistics of the sweep; arms without a place are lines across a curve.
     axis: what the places are; empty for bars.
   """
   from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -75,11 +70,11 @@ def _curve(axes: Any, arms: list[dict[str, Any]], is_log: bool) -> None:
 
 
 def _ladder(axes: Any, arms: list[dict[str, Any]]) -> None:
-  for about, colour, marker in (("memory", COLOUR, "o"), ("experts", GREY, "s")):
-    line = sorted((a for a in arms if a["about"] == about), key=lambda arm: arm["x"])
+  for kind, colour, marker in ((MEMORY, COLOUR, "o"), (TWIN, GREY, "s")):
+    line = sorted((a for a in arms if a["name"].endswith(kind)), key=lambda arm: arm["x"])
     places, means = [a["x"] for a in line], [a["loss"]["mean"] for a in line]
     errors = [_half(a["loss"]) for a in line]
-    axes.errorbar(places, means, errors, color=colour, marker=marker, capsize=3, label=about)
+    axes.errorbar(places, means, errors, color=colour, marker=marker, capsize=3, label=kind)
   axes.set_xscale("log")
   axes.legend(frameon=False)
 

@@ -7,12 +7,13 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from engram_jax.config import load_config
 from engram_jax.core.manifest import replace_file
 from engram_jax.errors import ConfigError, DataError
 from engram_jax.research import statistics
 from engram_jax.research.arms import MEMORY, TWIN
 from engram_jax.research.plots import draw
-from engram_jax.research.sweep import Sweep
+from engram_jax.research.sweep import CONFIGS, Sweep
 
 NUMBERS = {
   "index": int,
@@ -61,6 +62,8 @@ def report_sweep(sweep: Sweep, path: pathlib.Path) -> dict[str, Any] | None:
   write_csv(path, results)
   design = {k: v for k, v in sweep.describe().items() if k not in ("format", "seeds")}
   design["runs"] = {"done": len(results), "of": len(found)}
+  files = sorted((sweep.folder / CONFIGS).glob("budget*.yaml"))
+  design["configs"] = {file.stem: load_config(file).model_dump(mode="json") for file in files}
   replace_file(path.with_suffix(".design.json"), json.dumps(design, indent=1).encode())
   return report_csv(path)
 
@@ -130,7 +133,7 @@ def report_csv(path: pathlib.Path) -> dict[str, Any]:
     path.with_suffix(".statistics.json"), (json.dumps(statistics_, indent=1) + "\n").encode()
   )
   replace_file(path.with_suffix(".md"), text.encode())
-  draw(path.with_suffix(".png"), statistics_, losses, x, design["axis"])
+  draw(path.with_suffix(".png"), statistics_, design["axis"])
   return statistics_ | {"text": text, "csv": str(path)}
 
 
@@ -191,6 +194,7 @@ def _steps_saved(
   The step lies on the line between two evaluations.
   """
   runs = {(row["arm"], row["seed"]): row for row in results}
+  pairs: dict[str, int] = {}
   shares: dict[str, list[float]] = {}
   for claim in design["claims"]:
     twin, memory = claim["arm"], claim["against"]
@@ -199,11 +203,13 @@ def _steps_saved(
     for arm, seed in runs:
       if arm != memory or (twin, seed) not in runs:
         continue
+      pairs[memory] = pairs.get(memory, 0) + 1
       last = runs[twin, seed]["loss"]
       step = statistics.steps_saved(runs[memory, seed]["curve"], last)
       if step is not None:
         shares.setdefault(memory, []).append(step / runs[memory, seed]["steps"])
-  return {memory: statistics.describe(values) for memory, values in shares.items()}
+  describe = statistics.describe
+  return {memory: describe(values) | {"of": pairs[memory]} for memory, values in shares.items()}
 
 
 def to_markdown(found: dict[str, Any]) -> str:
@@ -263,7 +269,9 @@ def _fit_lines(fits: dict[str, Any]) -> list[str]:
     ]
   for name, share in (fits.get("steps_to_the_twins_loss") or {}).items():
     after = f"{share['mean']:.0%} of its steps {_interval(share)}"
-    lines += ["", f"`{name}` has the twin's last loss after {after}."]
+    seeds = f"{share['n']} of {share['of']} seeds"
+    lines += ["", f"`{name}` has the twin's last loss after {after}, {seeds}; the interval is over"]
+    lines[-1] += " seeds alone, the step lies on a line between two evaluations."
   return lines
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from engram_jax.config import load_config
 from engram_jax.core.manifest import replace_file
-from engram_jax.errors import EXIT_STOPPED
+from engram_jax.errors import EXIT_STOPPED, ConfigError
 from engram_jax.research.allocation import Budget
 from engram_jax.research.sweep import LOGS, RESULTS, RUNS, Run, Sweep
 
@@ -44,11 +44,12 @@ def work(sweep: Sweep, runs: Sequence[Run], jobs: int, log: Callable[[str], None
   A signal is passed on to the runs, which save and leave; then KeyboardInterrupt or StopSweep is
   raised, and the same call goes on later.
   """
+  free = cpu_shares(jobs)
+  _require_cpus(sweep, len(free[0]))
   waiting = [run for run in runs if sweep.result(run) is None]
   done = len(runs) - len(waiting)
   if done:
     log(f"{done} of {len(runs)} runs have a result already")
-  free = cpu_shares(jobs)
   working: list[Job] = []
   failed: list[Run] = []
   before = signal.signal(signal.SIGTERM, _stop)
@@ -73,6 +74,17 @@ def work(sweep: Sweep, runs: Sequence[Run], jobs: int, log: Callable[[str], None
   return failed
 
 
+def _require_cpus(sweep: Sweep, cpus: int) -> None:
+  """ConfigError where runs that are done had another number of CPUs: their last digits follow."""
+  results = [sweep.result(run) for run in sweep.runs]
+  others = {result["cpus"] for result in results if result is not None} - {cpus}
+  if others:
+    raise ConfigError(
+      f"--jobs gives each run {cpus} CPUs, but runs of {sweep.folder} had {min(others)}: give "
+      "--jobs so that they have the same, or another --root"
+    )
+
+
 def _stop(number: int, frame: Any) -> None:
   raise StopSweep
 
@@ -86,7 +98,7 @@ def _leave(working: list[Job]) -> None:
 
 
 def cpu_shares(jobs: int) -> list[frozenset[int]]:
-  """Divides this process's CPUs among jobs; they share what does not divide.
+  """Divides this process's CPUs among jobs; what does not divide stays idle.
 
   A run's last digits follow from the number of its threads, so each has as many as every other.
   """
@@ -124,7 +136,10 @@ def finish(sweep: Sweep, job: Job) -> tuple[str, bool]:
     last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
     stopped = "stopped" if code == EXIT_STOPPED else f"failed with code {code}"
     return f"{where} {stopped} after {seconds:.0f} s: {last[0]} ({log})", False
-  result = read_result(sweep, run) | {"seconds": round(seconds, 1), "cpus": len(job.cpus)}
+  try:
+    result = read_result(sweep, run) | {"seconds": round(seconds, 1), "cpus": len(job.cpus)}
+  except (LookupError, ValueError, OSError) as error:  # its files are not what it left
+    return f"{where} ended, but its metrics cannot be read: {error!r}", False
   path = sweep.folder / RESULTS / f"{run.index}.json"
   replace_file(path, json.dumps(result, indent=1).encode())
   return f"{where}: validation loss {result['loss']:.4f}, {seconds:.0f} s", True
@@ -137,7 +152,8 @@ def read_result(sweep: Sweep, run: Run) -> dict[str, Any]:
   lines = [json.loads(line) for line in _lines(folder)]
   evaluated = [line for line in lines if f"{VALIDATION}loss" in line]
   last = evaluated[-1]
-  assert last["step"] == cfg.train.steps, f"{folder} ended before its last step"
+  if last["step"] != cfg.train.steps:
+    raise ValueError(f"its last evaluation is of step {last['step']}, not {cfg.train.steps}")
   size = Budget.of(cfg)
   sources = f"{VALIDATION}source/"
   return {

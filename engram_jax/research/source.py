@@ -15,6 +15,7 @@ import engram_jax
 from engram_jax.errors import ConfigError
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "grain", "tokenizers", "orbax-checkpoint")
+ACCELERATORS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")  # where they are installed
 
 
 def find_commit(revision: str) -> tuple[str, pathlib.Path | None]:
@@ -71,8 +72,11 @@ def _copy_installed(target: pathlib.Path) -> None:
 
 
 def library_versions() -> dict[str, str]:
-  """Versions of Python and of the libraries that a number may depend on."""
+  """Versions of Python, of the libraries that a number may depend on, and JAX's platforms."""
+  installed = {d.name: d.version for d in importlib.metadata.distributions()}
   versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+  versions |= {name: installed[name] for name in ACCELERATORS if name in installed}
+  versions |= {"platforms": os.environ.get("JAX_PLATFORMS", "")}
   return {"python": platform.python_version(), "machine": platform.machine()} | versions
 
 

@@ -1,7 +1,7 @@
 """Differences between arms, paired by seed, and what may be said of them.
 
-Two arms with the same seed share the order of windows, and initial values where they have the same
-arrays, so their difference varies less than either loss. For n seeds with differences d: the mean,
+Two arms with the same seed see the same windows in the same order, so their difference varies less
+than either loss. For n seeds with differences d: the mean,
 the interval mean +- t(0.975, n-1) sd / sqrt(n), and p of a paired t-test. Over a sweep's claims it
 is adjusted by Holm's method (Scand. J. Statist. 6, 1979): of families with no true effect one in
 twenty makes any claim at all. The smallest effect that would have been seen is the one that such a
@@ -90,17 +90,15 @@ def judge(
   """The verdict of the runs on each claim (question, arm, against): arm - against, above 0 is yes.
 
   losses: {arm: {seed: nats}}. Of each: `paired`, "p_holm" and "verdict": "yes", "no" (the opposite
-  is seen), "not seen", or "too few seeds" below six.
+  is seen), "not seen", or "too few seeds" below six. A claim without runs counts with p = 1 in the
+  adjustment, so that no verdict becomes weaker when its runs come in.
   """
   rows: list[dict[str, Any]] = [
     {"question": q, "arm": a, "against": b, **paired(losses.get(a, {}), losses.get(b, {}))}
     for q, a, b in claims
   ]
-  tested = [row for row in rows if row["p"] is not None]
-  for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
-    row["p_holm"] = p
-  for row in rows:
-    row.setdefault("p_holm", None)
+  for row, p in zip(rows, holm([1.0 if r["p"] is None else r["p"] for r in rows]), strict=True):
+    row["p_holm"] = None if row["p"] is None else p
     row["verdict"] = _verdict(row)
   return rows
 

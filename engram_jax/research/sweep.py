@@ -43,8 +43,13 @@ SPEC, SOURCE, CONFIGS, RUNS, LOGS, RESULTS = (
   "logs",
   "results",
 )
-# Set for every run: they change no number, only what is written beside it.
-QUIET = {"train.sample_tokens": 0, "run.tensorboard": False, "train.keep_checkpoints": 1}
+# Set for every run: nothing is written beside its numbers, and all validation documents are read.
+QUIET = {
+  "train.sample_tokens": 0,
+  "run.tensorboard": False,
+  "train.keep_checkpoints": 1,
+  "train.eval_batches": 10**9,
+}
 
 
 @dataclasses.dataclass(frozen=True)

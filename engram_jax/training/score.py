@@ -53,7 +53,7 @@ class TextScores:
     tokens: T ids. texts: the text of each, its own; an incomplete character is U+FFFD.
     logprobs: T - 1 floats, nats, at most 0: each token given all before it, from the second on.
     target_bytes: UTF-8 bytes of the tokens from the second on; special tokens have none.
-    no_bytes: why these are not the text's; None where they are.
+    bits_per_byte_problem: why these are not the text's; None where they are.
   """
 
   step: int
@@ -61,7 +61,7 @@ class TextScores:
   texts: list[str]
   logprobs: list[float]
   target_bytes: int
-  no_bytes: str | None = None
+  bits_per_byte_problem: str | None = None
 
   @property
   def loss(self) -> float:
@@ -71,7 +71,7 @@ class TextScores:
   @property
   def bits_per_byte(self) -> float | None:
     """Bits per UTF-8 byte of the predicted tokens, which compares tokenizers; None if unknown."""
-    if self.no_bytes is not None:
+    if self.bits_per_byte_problem is not None:
       return None
     return -math.fsum(self.logprobs) / math.log(2) / max(self.target_bytes, 1)
 

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from engram_jax.config import DataConfig
-from engram_jax.data import files, sources, unpack
+from engram_jax.data import decompress, files, sources
 from engram_jax.data.rows import MAX_NAME, MAX_SOURCES, Document
 from engram_jax.errors import DataError
 
@@ -99,8 +99,8 @@ def test_lines_that_are_named_and_skipped(tmp_path, kind):
 
 
 def test_a_long_line_is_skipped_in_pieces(tmp_path, monkeypatch):
-  monkeypatch.setattr(unpack, "LINE_BYTES", 100)
-  monkeypatch.setattr(unpack, "_BLOCK", 7)
+  monkeypatch.setattr(decompress, "LINE_BYTES", 100)
+  monkeypatch.setattr(decompress, "_BLOCK", 7)
   path, said = tmp_path / "x.jsonl", []
   long = json.dumps({"text": "x" * 1000})
   path.write_text(f'{{"text": "a"}}\n{long}\n{{"text": "b"}}\n{long}')

@@ -1,6 +1,7 @@
 """Corpora of several archives: downloads, what is missing, no paragraph twice, fingerprints."""
 
 import concurrent.futures
+import hashlib
 import pathlib
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def test_an_npm_package_is_checked(tmp_path, monkeypatch):
   with pytest.raises(DataError, match=r"has SHA-256 .*, not 00: it is not the file"):
     archives.fetch(Npm("@a/b", "1.0", "00"), tmp_path, quiet)
   assert not list((tmp_path / "downloads").iterdir())
-  digest = archives.hashlib.sha256(b"npm").hexdigest()
+  digest = hashlib.sha256(b"npm").hexdigest()
   path = archives.fetch(Npm("@a/b", "1.0", digest), tmp_path, quiet)
   path.write_bytes(b"damaged")
   again = archives.fetch(Npm("@a/b", "1.0", digest), tmp_path, quiet)

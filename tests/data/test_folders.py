@@ -10,7 +10,7 @@ import pathlib
 import pytest
 
 from engram_jax.config import DataConfig
-from engram_jax.data import files, folders, sources, unpack
+from engram_jax.data import decompress, files, folders, sources
 from engram_jax.errors import ConfigError, DataError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -101,7 +101,7 @@ def test_a_damaged_packed_file_is_named(tmp_path, packing, damage):
 @pytest.mark.parametrize("packing", [".gz", ".bz2", ".xz", ".zst"])  # LZ4 has no such ratios
 @pytest.mark.parametrize("source", ["jsonl", "text"])
 def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path, monkeypatch, packing, source):
-  monkeypatch.setattr(unpack, "PACKED_START", 1 << 16)
+  monkeypatch.setattr(decompress, "RATIO_START", 1 << 16)
   folder = tmp_path / "folder"
   folder.mkdir()
   path = folder / f"a.{'txt' if source == 'text' else 'jsonl'}{packing}"
@@ -262,6 +262,12 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path, source, outright):
   path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize 132735\n")
   with pytest.raises(DataError, match=r"x\.\w+:? .*is a git-lfs pointer.*git lfs pull"):
     texts(path if outright else tmp_path, source, bad_rows="skip")
+
+
+def test_a_text_about_git_lfs_is_text(tmp_path):
+  text = "version https://git-lfs.github.com/spec/v1 is how a pointer begins.\n" * 30
+  (tmp_path / "x.txt").write_text(text)
+  assert texts(tmp_path, "text") == [text]
 
 
 @pytest.mark.parametrize(

