@@ -15,11 +15,12 @@ numbered s K + k; P, blocks; Q, rows of a block.
 `dense_experts` is the plain reference, with E / K times the work. `blocked_experts` is for CPUs,
 where XLA has no grouped product: assignments are sorted by expert, each expert's run is padded to
 whole blocks, and a loop takes one block at a time through its expert, forward and backward.
-`ragged_experts` is for accelerators, whose compilers turn `ragged_dot` into a grouped product: the
-TPU compiler does for v4 and v5p; for v5e, v6e and tpu7x (libtpu of jax 0.10.2) it multiplies every
-row by every expert of the device, E times the work.
+`ragged_experts` is for accelerators: assignments are sorted by expert and each of the three products
+is one over groups of rows, on TPUs by the kernel of model/grouped_product.py, since their compiler
+makes E times the work of `lax.ragged_dot`, for all or for its gradients.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from engram_jax.model.grouped_product import tpu_grouped_product
 from engram_jax.model.router import ROUTING, expert_counts
 
 Experts = Callable[..., jax.Array]
@@ -38,8 +40,11 @@ def experts_for(dispatch: str, platform: str | None = None) -> Experts:
 
   platform: of the devices that will run it; default: this process's.
   """
+  platform = platform or jax.default_backend()
   if dispatch == "auto":
-    dispatch = "blocked" if (platform or jax.default_backend()) == "cpu" else "ragged"
+    dispatch = "blocked" if platform == "cpu" else "ragged"
+  if dispatch == "ragged" and platform == "tpu":
+    return functools.partial(ragged_experts, product=tpu_grouped_product)
   return {"dense": dense_experts, "blocked": blocked_experts, "ragged": ragged_experts}[dispatch]
 
 
@@ -67,8 +72,9 @@ def ragged_experts(
   w_gate_EDF: jax.Array,
   w_up_EDF: jax.Array,
   w_down_EFD: jax.Array,
+  product: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = lax.ragged_dot,
 ) -> jax.Array:
-  """Sorts assignments by expert, then runs `lax.ragged_dot` over the groups."""
+  """Sorts assignments by expert, then multiplies groups of rows: `product(x_ND, w_EDF, sizes_E)`."""
   tokens, k = experts_SK.shape
   experts = w_gate_EDF.shape[0]
   order_N = checkpoint_name(sort_by_expert(experts_SK, experts)[0], ROUTING)
@@ -77,9 +83,9 @@ def ragged_experts(
   inverse_N = checkpoint_name(inverse_N, ROUTING)
   sizes_E = expert_counts(experts_SK, experts)
   x_ND = _permute(jnp.repeat(x_SD, k, axis=0), order_N, inverse_N)
-  gate_NF = lax.ragged_dot(x_ND, w_gate_EDF, sizes_E)
-  up_NF = lax.ragged_dot(x_ND, w_up_EDF, sizes_E)
-  y_ND = lax.ragged_dot(jax.nn.silu(gate_NF) * up_NF, w_down_EFD, sizes_E)
+  gate_NF = product(x_ND, w_gate_EDF, sizes_E)
+  up_NF = product(x_ND, w_up_EDF, sizes_E)
+  y_ND = product(jax.nn.silu(gate_NF) * up_NF, w_down_EFD, sizes_E)
   y_SKD = _permute(y_ND, inverse_N, order_N).reshape(tokens, k, -1)
   return jnp.einsum("SKD,SK->SD", y_SKD, weights_SK).astype(x_SD.dtype)
 

@@ -12,11 +12,17 @@ from flax import nnx
 from engram_jax.config import MoEConfig
 from engram_jax.model import expert_dispatch as dispatch
 from engram_jax.model import moe as moe_module
+from engram_jax.model.grouped_product import tpu_grouped_product
 from engram_jax.model.moe import FeedForward, MoE
 from engram_jax.model.router import RouterBias, expert_load, updated_bias
 
 WIDTH, HIDDEN = 8, 12
 
+# The kernel of TPUs, its operations one by one.
+ON_TPU = functools.partial(
+  dispatch.ragged_experts,
+  product=functools.partial(tpu_grouped_product, interpret=True),
+)
 route = jax.jit(moe_module.route, static_argnums=(3, 4))
 
 
@@ -64,11 +70,12 @@ def _arguments(kind: str, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("kind", ["random", "one_expert", "two_of_six", "top_1", "all"])
-@pytest.mark.parametrize("name", ["blocked", "ragged"])
+@pytest.mark.parametrize("name", ["blocked", "ragged", "tpu"])
 def test_dispatch_equals_dense_in_value_and_every_gradient(name: str, kind: str):
   args, target_SD = _arguments(kind)
+  experts = ON_TPU if name == "tpu" else dispatch.experts_for(name)
   want = _value_and_grads(dispatch.dense_experts, args, target_SD)
-  got = _value_and_grads(dispatch.experts_for(name), args, target_SD)
+  got = _value_and_grads(experts, args, target_SD)
   chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
 
 
