@@ -11,8 +11,10 @@ from jax.sharding import NamedSharding
 
 from engram_jax.config import MoEConfig
 from engram_jax.core.mesh import batch_sharding, make_mesh
-from engram_jax.model.expert_dispatch import dense_experts
+from engram_jax.model import expert_parallel
+from engram_jax.model.expert_dispatch import dense_experts, ragged_experts
 from engram_jax.model.expert_parallel import capacity, routed_experts
+from engram_jax.model.grouped_product import tpu_grouped_product
 from engram_jax.model.params import expert_specs
 from engram_jax.model.router import expert_load, route
 
@@ -69,6 +71,22 @@ def test_equal_dense_experts_in_value_and_every_gradient(split):
   for kind, bias in BIASES.items():
     got = parallel(mesh, x, ROUTER, weights, target, bias)
     want = reference(X, ROUTER, WEIGHTS, TARGET, bias)
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4, custom_message=kind)
+
+
+def test_rows_of_no_expert_do_no_harm_on_tpus(monkeypatch):
+  """Where no group is, the TPU's kernel leaves what was there: NaN where it is interpreted."""
+  product = functools.partial(tpu_grouped_product, interpret=True)
+  experts = functools.partial(ragged_experts, product=product)
+  monkeypatch.setattr(expert_parallel, "experts_for", lambda *_: experts)
+  mesh = make_mesh({"expert": 2, "data": 4})
+  place = lambda w, spec: jax.device_put(w, NamedSharding(mesh, spec))
+  weights = tuple(map(place, WEIGHTS, expert_specs(WEIGHTS, mesh)))
+  x, target = jax.device_put((X, TARGET), batch_sharding(mesh))
+  with_kernel = jax.jit(functools.partial(parallel.__wrapped__, mesh))
+  for kind in ("balanced", "two_experts"):
+    got = with_kernel(x, ROUTER, weights, target, BIASES[kind])
+    want = reference(X, ROUTER, WEIGHTS, TARGET, BIASES[kind])
     chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4, custom_message=kind)
 
 
