@@ -67,6 +67,18 @@ def platform(mesh: Mesh | None) -> str:
   return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
+def compute_capability(mesh: Mesh | None) -> float | None:
+  """The compute capability of a mesh's NVIDIA GPUs, 9.0 of an H100; None for other devices.
+
+  mesh: None stands for this process's devices, as in `platform`.
+  """
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  try:
+    return float(getattr(device, "compute_capability", ""))  # AMD's is a name
+  except ValueError:
+    return None
+
+
 def compute_dtype(name: str, platform: str | None = None) -> Any:
   """The dtype of activations: as named, or for "auto" float32 on CPU and bfloat16 elsewhere.
 

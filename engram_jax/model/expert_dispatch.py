@@ -15,9 +15,11 @@ numbered s K + k; P, blocks; Q, rows of a block.
 `dense_experts` is the plain reference, with E / K times the work. `blocked_experts` is for CPUs,
 where XLA has no grouped product: assignments are sorted by expert, each expert's run is padded to
 whole blocks, and a loop takes one block at a time through its expert, forward and backward.
-`ragged_experts` is for accelerators: assignments are sorted by expert and each of the three products
-is one over groups of rows, on TPUs by the kernel of model/grouped_product.py, since their compiler
-makes E times the work of `lax.ragged_dot`, for all or for its gradients.
+`ragged_experts` is for accelerators: assignments are sorted by expert and each of the three
+products is one over groups of rows, by the kernels of model/grouped_product_tpu.py and
+grouped_product_gpu.py, since compilers do E times the work for `lax.ragged_dot` on GPUs and most
+TPUs. That remains for GPUs that Triton does not compile for: NVIDIA's before compute capability
+8.0, and AMD's.
 """
 
 import functools
@@ -28,23 +30,28 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
-from engram_jax.model.grouped_product import tpu_grouped_product
+from engram_jax.core.mesh import compute_capability, platform
+from engram_jax.model.grouped_product_gpu import TRITON_CAPABILITY, gpu_grouped_product
+from engram_jax.model.grouped_product_tpu import tpu_grouped_product
 from engram_jax.model.router import ROUTING, expert_counts
 
 Experts = Callable[..., jax.Array]
 
 
-def experts_for(dispatch: str, platform: str | None = None) -> Experts:
+def experts_for(dispatch: str, mesh: Mesh | None = None) -> Experts:
   """Returns the function that `dispatch` names; "auto": blocked on CPU, ragged elsewhere.
 
-  platform: of the devices that will run it; default: this process's.
+  mesh: the devices that will run it; default: this process's.
   """
-  platform = platform or jax.default_backend()
+  name = platform(mesh)
   if dispatch == "auto":
-    dispatch = "blocked" if platform == "cpu" else "ragged"
-  if dispatch == "ragged" and platform == "tpu":
+    dispatch = "blocked" if name == "cpu" else "ragged"
+  if dispatch == "ragged" and name == "tpu":
     return functools.partial(ragged_experts, product=tpu_grouped_product)
+  if dispatch == "ragged" and (compute_capability(mesh) or 0) >= TRITON_CAPABILITY:
+    return functools.partial(ragged_experts, product=gpu_grouped_product)
   return {"dense": dense_experts, "blocked": blocked_experts, "ragged": ragged_experts}[dispatch]
 
 
@@ -74,7 +81,10 @@ def ragged_experts(
   w_down_EFD: jax.Array,
   product: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = lax.ragged_dot,
 ) -> jax.Array:
-  """Sorts assignments by expert, then multiplies groups of rows: `product(x_ND, w_EDF, sizes_E)`."""
+  """Sorts assignments by expert, then multiplies each expert's rows by its matrices.
+
+  product: `(x_ND, w_EDF, sizes_E) -> y_NF`, as `lax.ragged_dot`.
+  """
   tokens, k = experts_SK.shape
   experts = w_gate_EDF.shape[0]
   order_N = checkpoint_name(sort_by_expert(experts_SK, experts)[0], ROUTING)

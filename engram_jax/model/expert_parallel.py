@@ -23,7 +23,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from engram_jax.config import MoEConfig
-from engram_jax.core.mesh import AXES, BATCH_AXES, platform
+from engram_jax.core.mesh import AXES, BATCH_AXES
 from engram_jax.model.expert_dispatch import Experts, experts_for, sort_by_expert
 from engram_jax.model.router import expert_counts, expert_load, route
 
@@ -53,7 +53,7 @@ def routed_experts(
   Returns:
     (y_BTD, load_E): the load is float32, the share of all devices' assignments.
   """
-  experts = experts_for(cfg.dispatch, platform(mesh))
+  experts = experts_for(cfg.dispatch, mesh)
   batch = PartitionSpec(BATCH_AXES)
 
   def local(x_btD, w_router_DE, bias_E, weights):

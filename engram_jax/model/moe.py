@@ -9,7 +9,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from engram_jax.config import MoEConfig
-from engram_jax.core.mesh import platform
 from engram_jax.model.expert_dispatch import experts_for
 from engram_jax.model.expert_parallel import routed_experts
 from engram_jax.model.fsdp import is_sharded
@@ -83,13 +82,13 @@ class MoE(nnx.Module):
         self.cfg, x_BTD, self.w_router[...], self.bias[...], weights, specs, mesh
       )
     else:
-      y_BTD, load_E = self._on_one_device(x_BTD, weights, platform(mesh))
+      y_BTD, load_E = self._on_one_device(x_BTD, weights, mesh)
     if self.shared is not None:
       with jax.named_scope("shared_experts"):
         y_BTD = y_BTD + self.shared(x_BTD)
     return y_BTD, {"load": load_E}
 
-  def _on_one_device(self, x_BTD, weights, platform: str) -> tuple[jax.Array, jax.Array]:
+  def _on_one_device(self, x_BTD, weights, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
     cfg = self.cfg
     x_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
     with jax.named_scope("router"):
@@ -97,5 +96,5 @@ class MoE(nnx.Module):
         x_SD, self.w_router[...], self.bias[...], cfg.top_k, cfg.route_scale
       )
     with jax.named_scope("routed_experts"):
-      y_SD = experts_for(cfg.dispatch, platform)(x_SD, experts_SK, weights_SK, *weights)
+      y_SD = experts_for(cfg.dispatch, mesh)(x_SD, experts_SK, weights_SK, *weights)
     return y_SD.reshape(x_BTD.shape), expert_load(experts_SK, cfg.routed_experts)

@@ -14,7 +14,7 @@ from engram_jax.core.mesh import batch_sharding, make_mesh
 from engram_jax.model import expert_parallel
 from engram_jax.model.expert_dispatch import dense_experts, ragged_experts
 from engram_jax.model.expert_parallel import capacity, routed_experts
-from engram_jax.model.grouped_product import tpu_grouped_product
+from engram_jax.model.grouped_product_tpu import tpu_grouped_product
 from engram_jax.model.params import expert_specs
 from engram_jax.model.router import expert_load, route
 

@@ -1,6 +1,8 @@
 """Mixture of experts: three dispatches of one sum, the router, balancing without a loss."""
 
 import functools
+import types
+from typing import NamedTuple
 
 import chex
 import jax
@@ -12,17 +14,20 @@ from flax import nnx
 from engram_jax.config import MoEConfig
 from engram_jax.model import expert_dispatch as dispatch
 from engram_jax.model import moe as moe_module
-from engram_jax.model.grouped_product import tpu_grouped_product
+from engram_jax.model.grouped_product_gpu import gpu_grouped_product
+from engram_jax.model.grouped_product_tpu import tpu_grouped_product
 from engram_jax.model.moe import FeedForward, MoE
 from engram_jax.model.router import RouterBias, expert_load, updated_bias
 
 WIDTH, HIDDEN = 8, 12
 
-# The kernel of TPUs, its operations one by one.
-ON_TPU = functools.partial(
-  dispatch.ragged_experts,
-  product=functools.partial(tpu_grouped_product, interpret=True),
-)
+# Kernels of accelerators, their operations one by one.
+KERNELS = {
+  name: functools.partial(
+    dispatch.ragged_experts, product=functools.partial(product, interpret=True)
+  )
+  for name, product in (("tpu", tpu_grouped_product), ("gpu", gpu_grouped_product))
+}
 route = jax.jit(moe_module.route, static_argnums=(3, 4))
 
 
@@ -70,10 +75,10 @@ def _arguments(kind: str, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("kind", ["random", "one_expert", "two_of_six", "top_1", "all"])
-@pytest.mark.parametrize("name", ["blocked", "ragged", "tpu"])
+@pytest.mark.parametrize("name", ["blocked", "ragged", "tpu", "gpu"])
 def test_dispatch_equals_dense_in_value_and_every_gradient(name: str, kind: str):
   args, target_SD = _arguments(kind)
-  experts = ON_TPU if name == "tpu" else dispatch.experts_for(name)
+  experts = KERNELS[name] if name in KERNELS else dispatch.experts_for(name)
   want = _value_and_grads(dispatch.dense_experts, args, target_SD)
   got = _value_and_grads(experts, args, target_SD)
   chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
@@ -126,6 +131,32 @@ def test_block_rows_stay_in_range():
 
 def test_auto_is_blocked_on_cpu():
   assert dispatch.experts_for("auto") is dispatch.blocked_experts
+
+
+class Device(NamedTuple):
+  """As much of a jax.Device as the choice of kernels asks for."""
+
+  platform: str
+  compute_capability: str = ""
+
+
+@pytest.mark.parametrize(
+  ("device", "product"),
+  [
+    (Device("tpu"), tpu_grouped_product),
+    (Device("gpu", "9.0"), gpu_grouped_product),
+    (Device("gpu", "8.0"), gpu_grouped_product),
+    (Device("gpu", "7.5"), None),
+    (Device("gpu", "gfx90a"), None),
+  ],
+)
+def test_auto_takes_the_kernel_of_the_device(device, product):
+  mesh = types.SimpleNamespace(devices=np.asarray([None]))
+  mesh.devices[0] = device
+  found = dispatch.experts_for("auto", mesh)
+  assert (
+    found is dispatch.ragged_experts if product is None else found.keywords["product"] is product
+  )
 
 
 def _router(seed: int = 0, tokens: int = 64, experts: int = 8) -> tuple[jax.Array, jax.Array]:
