@@ -18,12 +18,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh, PartitionSpec
 
-from engram_jax.core.mesh import BATCH_AXES, platform
+from engram_jax.core.mesh import BATCH_AXES, compute_capability, platform
 
 _MASKED = -1e30  # finite: a row of it gives equal weights, not NaN
 _LANES = 128  # of a TPU's vector unit: blocks of the sequence are multiples of it
 _LARGEST_BLOCK = 512
-_CUDNN_HEAD = 256  # the widest that cuDNN takes from Hopper on; older GPUs refuse above 128
+_CUDNN_CAPABILITY = 8.0  # the least compute capability that cuDNN's kernels take
 
 
 def attend(
@@ -46,7 +46,7 @@ def attend(
   if kernel == "plain":
     return attention(query_BTHk, key_BTHk, value_BTHv, segments_BT, scale)
   platform_name = platform(mesh)
-  refusal = _refusal(platform_name, query_BTHk, value_BTHv)
+  refusal = _refusal(platform_name, compute_capability(mesh), query_BTHk, value_BTHv)
   if refusal is None:
     flash = functools.partial(
       {"tpu": splash_attention, "gpu": cudnn_attention}[platform_name], scale=scale
@@ -140,24 +140,32 @@ def _per_device(flash: Callable[..., jax.Array], mesh: Mesh | None) -> Callable[
   )
 
 
-def _refusal(platform_name: str, query_BTHk: jax.Array, value_BTHv: jax.Array) -> str | None:
-  """The reason why there is no kernel for these arrays; None where there is one."""
+def _refusal(
+  platform_name: str, capability: float | None, query_BTHk: jax.Array, value_BTHv: jax.Array
+) -> str | None:
+  """The reason why there is no kernel for these arrays; None where there is one.
+
+  capability: compute capability of an NVIDIA GPU, None of another device.
+  """
   T, width, dtype = query_BTHk.shape[1], query_BTHk.shape[-1], query_BTHk.dtype
   if platform_name == "tpu":
     fits = T % _LANES == 0
     return None if fits else f"splash attention takes a multiple of {_LANES} positions, not {T}"
   if platform_name != "gpu":
     return f"there is no flash kernel for {platform_name}"
+  if capability is None or capability < _CUDNN_CAPABILITY:
+    has = "another maker's GPU" if capability is None else f"one of {capability}"
+    return f"cuDNN takes NVIDIA GPUs of compute capability {_CUDNN_CAPABILITY} and later, not {has}"
   if dtype.itemsize != 2:
     return f"cuDNN takes 16-bit numbers, not {dtype}"
-  fits = T % 2 == 0 and width % 8 == 0 and width >= value_BTHv.shape[-1] and width <= _CUDNN_HEAD
+  # Wider heads are Hopper's alone: its predecessors have none, and Blackwell no backward pass.
+  widest = 256 if 9 <= capability < 10 else 128
+  if T % 2 == 0 and width % 8 == 0 and value_BTHv.shape[-1] <= width <= widest:
+    return None
   return (
-    None
-    if fits
-    else (
-      f"cuDNN takes an even number of positions, not {T}, and query heads of a multiple of 8 up to "
-      f"{_CUDNN_HEAD}, no narrower than the value's {value_BTHv.shape[-1]}, not {width}"
-    )
+    f"cuDNN takes an even number of positions, not {T}, and on GPUs of compute capability "
+    f"{capability} query heads of a multiple of 8 up to {widest}, no narrower than the value's "
+    f"{value_BTHv.shape[-1]}, not {width}"
   )
 
 

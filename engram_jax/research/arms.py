@@ -15,6 +15,7 @@ from engram_jax.errors import ConfigError
 from engram_jax.research.allocation import Budget, allocate, changed, match
 
 MEMORY, TWIN = "memory", "twin"
+SHUFFLED = "shuffled"  # begins the names of arms on other text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +75,8 @@ def controls(cfg: Config, *, quick: bool = False) -> Design:
     Arm("frozen", {"train.optimizer.table": "frozen"}, "rows stay as they were drawn"),
     Arm("input_embedding", _input_embedding(cfg), "n-gram rows projected into the input embedding"),
     Arm("wide", _wide(cfg), "no memory: wider experts; more active parameters and FLOPs"),
-    Arm("shuffled", {"data.shuffle_tokens": True}, "memory, tokens of each document shuffled"),
-    Arm("shuffled_twin", twin | {"data.shuffle_tokens": True}, "twin, tokens shuffled"),
+    Arm(SHUFFLED, {"data.shuffle_tokens": True}, "memory, tokens of each document shuffled"),
+    Arm(f"{SHUFFLED}_{TWIN}", twin | {"data.shuffle_tokens": True}, "twin, tokens shuffled"),
   ]
   claims = [
     Claim("Does the memory beat experts at equal parameters?", TWIN, MEMORY),

@@ -56,22 +56,37 @@ def test_flash_is_refused_on_cpu():
 
 
 @pytest.mark.parametrize(
-  ("where", "shape", "dtype", "reason"),
+  ("where", "capability", "shape", "dtype", "reason"),
   [
-    ("tpu", {"T": 100}, "bfloat16", "a multiple of 128 positions, not 100"),
-    ("gpu", {"T": 128}, "float32", "16-bit numbers, not float32"),
-    ("gpu", {"T": 128, "K": 20}, "bfloat16", "a multiple of 8 up to 256, .*not 20"),
-    ("gpu", {"T": 128, "V": 32}, "bfloat16", "no narrower than the value's 32, not 24"),
+    ("tpu", None, {"T": 100}, "bfloat16", "a multiple of 128 positions, not 100"),
+    ("gpu", 9.0, {"T": 128}, "float32", "16-bit numbers, not float32"),
+    ("gpu", 9.0, {"T": 128, "K": 20}, "bfloat16", "a multiple of 8 up to 256, .*not 20"),
+    ("gpu", 9.0, {"T": 128, "V": 32}, "bfloat16", "no narrower than the value's 32, not 24"),
+    ("gpu", 8.0, {"T": 128, "K": 192}, "bfloat16", "8.0 query heads of .* up to 128, .*not 192"),
+    ("gpu", 8.9, {"T": 128, "K": 192}, "bfloat16", "8.9 query heads of .* up to 128, .*not 192"),
+    ("gpu", 10.0, {"T": 128, "K": 192}, "bfloat16", "10.0 query heads of .* up to 128, .*not 192"),
+    ("gpu", 7.5, {"T": 128}, "bfloat16", "compute capability 8.0 and later, not one of 7.5"),
+    ("gpu", None, {"T": 128}, "bfloat16", "not another maker's GPU"),
   ],
 )
 def test_flash_says_what_a_kernel_does_not_take_and_auto_does_without(
-  monkeypatch, where, shape, dtype, reason
+  monkeypatch, where, capability, shape, dtype, reason
 ):
   monkeypatch.setattr(attention_kernels, "platform", lambda mesh: where)
+  monkeypatch.setattr(attention_kernels, "compute_capability", lambda mesh: capability)
   args = arrays(dtype=dtype, **shape)
   with pytest.raises(ValueError, match=reason):
     attend("flash", *args, SCALE)
   np.testing.assert_array_equal(attend("auto", *args, SCALE), attention(*args, SCALE))
+
+
+@pytest.mark.parametrize(("capability", "width"), [(8.0, 128), (8.9, 64), (9.0, 256), (10.0, 128)])
+def test_flash_on_gpus_is_cudnn(monkeypatch, capability, width):
+  monkeypatch.setattr(attention_kernels, "platform", lambda mesh: "gpu")
+  monkeypatch.setattr(attention_kernels, "compute_capability", lambda mesh: capability)
+  monkeypatch.setattr(attention_kernels, "cudnn_attention", lambda *args, scale: "cuDNN")
+  for kernel in ("auto", "flash"):
+    assert attend(kernel, *arrays(dtype="bfloat16", T=128, K=width), SCALE) == "cuDNN"
 
 
 @pytest.mark.parametrize(
