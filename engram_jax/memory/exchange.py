@@ -110,7 +110,7 @@ def _positions(
   """Positions in ids_U where the rows [low, high) of each owner begin and end, int32 [P] each."""
   first_P = _first_rows(p)
   edges = jnp.concatenate([first_P + low_P, first_P + high_P])
-  ends = jnp.searchsorted(ids_U.astype(jnp.uint32), edges).astype(jnp.int32)
+  ends = jnp.searchsorted(ids_U.astype(jnp.uint32), edges, method="compare_all").astype(jnp.int32)
   return ends[: p.devices], ends[p.devices :]
 
 

@@ -83,6 +83,7 @@ class Block(nnx.Module):
       with jax.named_scope("feed_forward"):
         return self.feed_forward(normed_BTD), {}
 
-    x_BTGD, _ = self.attention_residual(x_BTGD, lambda normed_BTD: (attend(normed_BTD), {}))
-    x_BTGD, load = self.feed_forward_residual(x_BTGD, feed)
+    attend_alone = lambda normed_BTD: (attend(normed_BTD), {})
+    x_BTGD, _ = self.attention_residual(x_BTGD, attend_alone, mesh)
+    x_BTGD, load = self.feed_forward_residual(x_BTGD, feed, mesh)
     return x_BTGD, probes | load

@@ -21,8 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from engram_jax.config import ResidualConfig
+from engram_jax.core.mesh import platform
 from engram_jax.model.layers import rms_norm
 
 _OFF_DIAGONAL = -4.0  # of b_res at the start: exp(-4) is 2 % of what a stream keeps of itself
@@ -50,22 +52,32 @@ class HyperConnection(nnx.Module):
       self.b_res = nnx.Param(_OFF_DIAGONAL * (1 - jnp.eye(G)))
 
   def __call__(
-    self, x_BTGD: jax.Array, sublayer: Callable[[jax.Array], tuple[jax.Array, Any]]
+    self,
+    x_BTGD: jax.Array,
+    sublayer: Callable[[jax.Array], tuple[jax.Array, Any]],
+    mesh: Mesh | None = None,
   ) -> tuple[jax.Array, Any]:
-    """Returns the streams after `sublayer(normed_BTD) -> (y_BTD, probes)`, and its probes."""
+    """Returns the streams after `sublayer(normed_BTD) -> (y_BTD, probes)`, and its probes.
+
+    mesh: the devices that will run it, which choose how it is compiled; default: this process's.
+    """
     if self.cfg.branches == 1:
       y_BTD, probes = sublayer(rms_norm(x_BTGD[:, :, 0], self.g_norm[...], self.eps))
       return x_BTGD + y_BTD[:, :, None], probes
     with jax.named_scope("mhc_mixing"):
-      pre_BTG, post_BTG, res_BTGG = (h.astype(x_BTGD.dtype) for h in self.mixing(x_BTGD))
+      pre_BTG, post_BTG, res_BTGG = (
+        h.astype(x_BTGD.dtype) for h in self.mixing(x_BTGD, unroll=platform(mesh) != "cpu")
+      )
       read_BTD = jnp.einsum("btg,btgd->btd", pre_BTG, x_BTGD)
     y_BTD, probes = sublayer(rms_norm(read_BTD, self.g_norm[...], self.eps))
     with jax.named_scope("mhc_residual"):
       kept_BTGD = jnp.einsum("btgh,bthd->btgd", res_BTGG, x_BTGD)
       return kept_BTGD + jnp.einsum("btg,btd->btgd", post_BTG, y_BTD), probes
 
-  def mixing(self, x_BTGD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """H_pre [B, T, G], H_post [B, T, G] and H_res [B, T, G, G], float32."""
+  def mixing(
+    self, x_BTGD: jax.Array, unroll: bool = False
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """H_pre [B, T, G], H_post [B, T, G] and H_res [B, T, G, G], float32; unroll: as `sinkhorn`."""
     B, T, G, D = x_BTGD.shape
     wide = x_BTGD.astype(jnp.float32)
     scale_BT1 = jax.lax.rsqrt(
@@ -77,13 +89,18 @@ class HyperConnection(nnx.Module):
     post = 2 * jax.nn.sigmoid(self.a_post[...] * post + self.b_post[...])
     # Tokens last: the 4 x 4 sums are then adds of long vectors.
     logits_GGS = (self.a_res[...] * res).reshape(B * T, G, G).transpose(1, 2, 0)
-    mix_GGS = sinkhorn(logits_GGS + self.b_res[...][:, :, None], self.cfg.sinkhorn_iterations)
+    logits_GGS += self.b_res[...][:, :, None]
+    mix_GGS = sinkhorn(logits_GGS, self.cfg.sinkhorn_iterations, unroll)
     return pre, post, mix_GGS.transpose(2, 0, 1).reshape(B, T, G, G)
 
 
-def sinkhorn(logits_GGS: jax.Array, iterations: int) -> jax.Array:
+def sinkhorn(logits_GGS: jax.Array, iterations: int, unroll: bool = False) -> jax.Array:
   """Normalises exp(logits) alternately by row and by column, `iterations` times, over the first two
-  axes: non-negative, columns sum to 1, rows nearly so (Sinkhorn and Knopp, 1967)."""
+  axes: non-negative, columns sum to 1, rows nearly so (Sinkhorn and Knopp, 1967).
+
+  unroll: one program without a loop. A GPU launches each pass of a loop by itself, some hundred a
+  call with its gradient; a CPU gains nothing and compiles three times as long.
+  """
 
   def alternate(p_GGS, _):
     p_GGS = p_GGS / p_GGS.sum(1, keepdims=True)
@@ -92,4 +109,4 @@ def sinkhorn(logits_GGS: jax.Array, iterations: int) -> jax.Array:
   # The first alternation works on logarithms: a row or column that exp leaves all zero would be
   # 0 / 0. After it every row and column holds an entry of at least 1 / G^2, whatever the logits.
   first_GGS = jax.nn.softmax(jax.nn.log_softmax(logits_GGS, axis=1), axis=0)
-  return jax.lax.scan(alternate, first_GGS, length=iterations - 1)[0]
+  return jax.lax.scan(alternate, first_GGS, length=iterations - 1, unroll=unroll)[0]

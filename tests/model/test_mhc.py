@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +52,19 @@ def test_sinkhorn_of_huge_logits_is_finite(size: float):
 def test_sinkhorn_of_a_clear_permutation_is_that_permutation():
   permutation = np.eye(G, dtype=np.float32)[[2, 0, 3, 1], :, None]
   np.testing.assert_allclose(sinkhorn(500 * np.tile(permutation, 32), 20)[..., :1], permutation)
+
+
+def test_sinkhorn_without_a_loop_is_the_same():
+  """The program of accelerators, in value and gradient."""
+  logits, weight = random(0, G, G, 32), random(1, G, G, 32)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def both(unroll, z):
+    return jax.value_and_grad(lambda z: jnp.vdot(mhc.sinkhorn(z, 20, unroll), weight))(z)
+
+  assert "stablehlo.while" not in both.lower(True, logits).as_text()
+  assert "stablehlo.while" in both.lower(False, logits).as_text()
+  chex.assert_trees_all_close(both(True, logits), both(False, logits), rtol=1e-5, atol=1e-7)
 
 
 def sublayer(x_BTD):
