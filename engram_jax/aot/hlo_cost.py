@@ -9,6 +9,7 @@ import math
 import re
 from typing import NamedTuple
 
+from engram_jax.aot import gpu_kernels
 from engram_jax.aot.hlo_loops import executions
 from engram_jax.aot.hlo_text import Computation, Instruction, Program, parse
 
@@ -78,7 +79,8 @@ def cost(text: str, rates: Rates) -> Cost:
 
 
 def kernels(text: str) -> dict[str, int]:
-  """Counts the executions of the kernels written by hand (Pallas) that the program calls."""
+  """Counts the executions of the kernels that the program calls by name: Pallas's, and on GPUs the
+  vendor's."""
   program = parse(text)
   times = executions(program)
   found: dict[str, int] = {}
@@ -89,13 +91,34 @@ def kernels(text: str) -> dict[str, int]:
   return dict(sorted(found.items()))
 
 
+def launches(text: str) -> int:
+  """Counts what a GPU launches in one run: every instruction outside fusions that does something.
+
+  A loop whose trip count depends on data counts once.
+  """
+  program = parse(text)
+  times = executions(program)
+  inside = _fused(program)
+  return sum(
+    times[computation.name].count
+    for computation, instruction in program.instructions()
+    if computation.name in times
+    and computation.name not in inside
+    and instruction.opcode not in FREE
+    and not instruction.opcode.endswith("-done")
+  )
+
+
 def is_kernel(instruction: Instruction) -> bool:
-  """Says whether an instruction calls a Pallas kernel."""
-  return 'custom_call_target="tpu_custom_call"' in instruction.attributes
+  """Says whether an instruction calls a kernel by name, which XLA did not write."""
+  is_tpu = 'custom_call_target="tpu_custom_call"' in instruction.attributes
+  return is_tpu or bool(gpu_kernels.target(instruction))
 
 
 def kernel_name(instruction: Instruction) -> str:
   """The kernel's name in its source, without the number that XLA adds."""
+  if gpu_kernels.target(instruction):
+    return gpu_kernels.name(instruction)
   return re.sub(r"(\.(\d+|clone|cloned|remat\d*))+$", "", instruction.name)
 
 
@@ -113,6 +136,8 @@ def instruction_flops(program: Program, computation: Computation, instruction: I
       return sum(instruction_flops(program, inside, made) for made in inside.instructions.values())
     case "custom-call":
       stated = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
+      if gpu_kernels.target(instruction):
+        return gpu_kernels.kernel_flops(computation, instruction)
       return int(stated[1]) if stated else _attention(computation, instruction)
   return 0
 

@@ -1,4 +1,4 @@
-"""`plan --topology NAME --compile`: the real train step, compiled for a TPU slice.
+"""`plan --topology NAME --compile`: the real train step, compiled for a TPU slice or GPU nodes.
 
 The report is of one device: memory, communication, FLOPs, the compiler's estimate of the time.
 """
@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.aot.buffers import compile_to_buffer_assignment
 from engram_jax.aot.collectives import Collective, collectives, compile_with_text
-from engram_jax.aot.hlo_cost import Rates, cost, kernels
+from engram_jax.aot.hlo_cost import Rates, cost, kernels, launches
 from engram_jax.aot.topology import Topology, abstract_devices
 from engram_jax.config import Config
 from engram_jax.core.mesh import BATCH_AXES, make_mesh
@@ -52,6 +52,9 @@ def compile_report(
   machine code, which takes most of the time: then `optimal_seconds` is null and the program's own
   bytes are in no total. `lower` must then be a function of a module.
 
+  On GPUs, whose compiler has no such options and no estimate, `effort` is null, code is always made
+  and `optimal_seconds` is null; `launches` counts what a step launches on one.
+
   Of a program that does not fit and that the compiler gives up on, `bytes_per_device` has only the
   `total` that it would need, and the rest is null.
 
@@ -59,7 +62,7 @@ def compile_report(
   """
   sizes = cfg.mesh_sizes(target.devices)
   begin = time.perf_counter()
-  options = {"xla_optimization_level": f"EFFORT_{effort}"}
+  options = {} if target.is_gpu else {"xla_optimization_level": f"EFFORT_{effort}"}
   make_report = compiled_report if code else layout_report
   found = make_report(lower, cfg, target, options)
   hbm = target.generation.hbm_bytes
@@ -71,7 +74,7 @@ def compile_report(
     "fits": found["bytes_per_device"]["total"] <= hbm,
     **found,
     "peak_flops_per_second": target.generation.peak_flops,
-    "effort": effort,
+    "effort": None if target.is_gpu else effort,
     "code": code,
     "compile_seconds": time.perf_counter() - begin,
   }
@@ -82,6 +85,11 @@ def compiled_report(
 ) -> dict[str, Any]:
   """The report of a complete compilation."""
   lowered, rates = lower_on(lower, cfg, target), target.generation.rates
+  if target.is_gpu:
+    compiled = lowered.compile()
+    text = compiled.as_text() or ""
+    sizes = {"bytes_per_device": bytes_per_device(compiled)}
+    return sizes | text_report(text, rates) | {"launches": launches(text)}
   try:
     return program_report(*compile_with_text(lowered, options), rates)
   except jax.errors.JaxRuntimeError as error:

@@ -1,7 +1,8 @@
-"""TPU slices to compile for without having them: their devices, memory and speed.
+"""TPU slices and GPU nodes to compile for without having them: their devices, memory and speed.
 
-The TPU compiler (libtpu) needs no TPU. A name is GENERATION:SHAPE in chips, as in Cloud TPU's
-`--topology`: v5p:4x4x8 is 128 chips.
+Neither compiler needs its devices. A name is GENERATION:SHAPE: of TPUs in chips, as in Cloud TPU's
+`--topology` (v5p:4x4x8 is 128 chips), of GPUs as many as a host has (h100:8), before it the hosts
+(h100:2x8); the numbers of each GPU stand in aot/gpus.py.
 """
 
 import math
@@ -10,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from engram_jax.aot.gpus import GPUS, Gpu, abstract_gpus
 from engram_jax.aot.hlo_cost import Rates
 from engram_jax.errors import ConfigError
 
@@ -58,16 +60,23 @@ GENERATIONS = {
 
 
 class Topology(NamedTuple):
-  """A slice: its name, its generation and the number of its devices."""
+  """A slice or a group of nodes: its name, its generation and the number of its devices."""
 
   name: str
-  generation: Generation
+  generation: Generation | Gpu
   devices: int
+
+  @property
+  def is_gpu(self) -> bool:
+    """Whether its devices are GPUs."""
+    return isinstance(self.generation, Gpu)
 
 
 def topology(name: str) -> Topology:
   """Parses a name, without the compiler; ConfigError for one that no slice has."""
   kind, _, shape = name.partition(":")
+  if kind in GPUS and re.fullmatch(r"([1-9]\d{0,3}x)?[1-9]\d?", shape):
+    return Topology(name, GPUS[kind], math.prod(map(int, shape.split("x"))))
   generation = GENERATIONS.get(kind)
   if generation is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
     raise ConfigError(f"topology {name!r} is none of the known ones: {topology_names()}")
@@ -82,17 +91,21 @@ def topology(name: str) -> Topology:
 
 def topology_names() -> str:
   """The names of all topologies, one generation after the other, for messages."""
-  return "; ".join(
-    f"{kind}:{{{','.join(generation.shapes)}}}" for kind, generation in GENERATIONS.items()
-  )
+  slices = [f"{kind}:{{{','.join(made.shapes)}}}" for kind, made in GENERATIONS.items()]
+  return "; ".join([*slices, f"{{{','.join(GPUS)}}}:GPUS or :HOSTSxGPUS, such as h100:2x8"])
 
 
 def abstract_devices(target: Topology) -> list:
   """Returns the slice's devices, to compile for: `jax.Device`s that hold no array.
 
   It changes the process's environment (ENVIRONMENT, where unset) and loads libtpu, so it is for a
-  command that does nothing else. ConfigError without libtpu, or for a shape that it refuses.
+  command that does nothing else; so does `abstract_gpus`. ConfigError without libtpu, or for a
+  shape that it refuses.
   """
+  if isinstance(target.generation, Gpu):
+    kind, _, shape = target.name.partition(":")
+    hosts, _, gpus = shape.rpartition("x")
+    return abstract_gpus(kind, int(hosts or 1), int(gpus))
   import jax
   from jax.experimental import topologies
 

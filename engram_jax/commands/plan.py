@@ -1,9 +1,9 @@
 """`python -m engram_jax plan`: the cost of a config, by arithmetic.
 
 No array is made and jax is not imported, so that a model too large for this machine takes as long
-as a small one. `--topology v5p:4x4x8` divides it over a TPU slice; `--compile` with it asks the TPU
-compiler instead (aot/report.py), which needs no TPU. `--no-code` stops the compiler before it makes
-machine code, in a fraction of the time.
+as a small one. `--topology v5p:4x4x8` or `h100:2x8` divides it over a TPU slice or GPU nodes;
+`--compile` with it asks their compiler instead (aot/report.py), which needs none of them.
+`--no-code` stops the TPU compiler before it makes machine code, in a fraction of the time.
 """
 
 import argparse
@@ -61,13 +61,14 @@ def main(argv: Sequence[str]) -> int:
   args, config_argv = parser.parse_known_args(argv)
   about = (
     "What a config would cost. --json prints one object on stdout instead of tables. --topology "
-    "v5p:4x4x8 divides it over a TPU slice; with --compile the TPU compiler says what one device "
-    "holds, sends and computes. --no-code ends it before it makes machine code, in a fraction "
-    "of the time. --effort O0 to O3 is how hard it tries: O2, the default, as in training."
+    "v5p:4x4x8 or h100:2x8 divides it over a TPU slice or GPU nodes; with --compile their compiler "
+    "says what one device holds, sends and computes. --no-code ends the TPU's before it makes "
+    "machine code, in a fraction of the time. --effort O0 to O3 is how hard that tries: O2, the "
+    "default, as in training."
   )
   cfg = parse_config("python -m engram_jax plan", about, config_argv)
   if args.compile and args.topology is None:
-    raise ConfigError("--compile needs --topology, the devices to compile for: v5p:4x4x8")
+    raise ConfigError("--compile needs --topology, the devices to compile for: v5p:4x4x8, h100:8")
   if not args.compile and (args.effort is not None or args.no_code):
     raise ConfigError("--effort and --no-code are the compiler's: they need --compile")
   if args.effort not in (None, *EFFORTS):
@@ -75,6 +76,8 @@ def main(argv: Sequence[str]) -> int:
   plan = make_plan(cfg)
   if args.topology is not None:
     target = topology(args.topology)
+    if target.is_gpu and (args.effort is not None or args.no_code):
+      raise ConfigError(f"--effort and --no-code are the TPU compiler's: {target.name} has none")
     if args.compile:
       plan |= compiled_plan(cfg, target, args.effort or DEFAULT_EFFORT, code=not args.no_code)
     else:
@@ -171,9 +174,9 @@ def divided_plan(cfg: Config, target: Topology, sizes: dict[str, int]) -> dict[s
 
 
 def compiled_plan(cfg: Config, target: Topology, effort: str, code: bool) -> dict[str, Any]:
-  """The TPU compiler's report of the train step on one device of a slice; see `compile_report`."""
+  """The compiler's report of the train step on one device of a topology; see `compile_report`."""
   cfg.mesh_sizes(target.devices)
-  os.environ["JAX_PLATFORMS"] = "cpu"  # a TPU of this machine may be in use by a training run
+  os.environ["JAX_PLATFORMS"] = "cpu"  # a device of this machine may be in use by a training run
   from engram_jax.aot.report import compile_report, lower_train_step
 
   return compile_report(lower_train_step, cfg, target, effort, code)
@@ -223,9 +226,11 @@ def _show_device(plan: dict[str, Any]) -> None:
   step = [
     ("FLOP a step", f"{plan['flops']:.4g}"),
     ("seconds a step, compiler's estimate", _seconds(plan["optimal_seconds"])),
+    *([("launches a step", f"{plan['launches']:,}")] if "launches" in plan else []),
     ("the same, gathers as slow as their rows", f"{plan['modelled_seconds']:.4g}"),
     (
-      f"seconds to {'compile' if plan['code'] else 'lay out'}, effort {plan['effort']}",
+      f"seconds to {'compile' if plan['code'] else 'lay out'}"
+      + (f", effort {plan['effort']}" if plan["effort"] else ""),
       f"{plan['compile_seconds']:.1f}",
     ),
     *((name, f"{count:,} calls") for name, count in plan["kernels"].items()),

@@ -122,7 +122,7 @@ def _weights_gradient(x_ND, dy_NF, sizes_E, dtype, interpret: bool) -> jax.Array
   x, dy = (_whole(_at_least(a, _DEPTH)) for a in (x_ND, dy_NF))
   stop_E = jnp.cumsum(sizes_E, dtype=jnp.int32)
   widths = x.shape[1], dy.shape[1]
-  sides = tuple(_side(width, _COLUMNS) for width in widths)
+  sides = _side(widths[0], _COLUMNS), _side(widths[1], _COLUMNS)
   dw = pl.pallas_call(
     functools.partial(_gradient_kernel, sides=sides),
     out_shape=jax.ShapeDtypeStruct((len(sizes_E), *widths), dtype),

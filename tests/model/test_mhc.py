@@ -54,7 +54,8 @@ def test_sinkhorn_of_a_clear_permutation_is_that_permutation():
   np.testing.assert_allclose(sinkhorn(500 * np.tile(permutation, 32), 20)[..., :1], permutation)
 
 
-def test_sinkhorn_without_a_loop_is_the_same():
+@pytest.mark.parametrize("unroll", [4, 19])
+def test_sinkhorn_in_fewer_passes_is_the_same(unroll):
   """The program of accelerators, in value and gradient."""
   logits, weight = random(0, G, G, 32), random(1, G, G, 32)
 
@@ -62,9 +63,7 @@ def test_sinkhorn_without_a_loop_is_the_same():
   def both(unroll, z):
     return jax.value_and_grad(lambda z: jnp.vdot(mhc.sinkhorn(z, 20, unroll), weight))(z)
 
-  assert "stablehlo.while" not in both.lower(True, logits).as_text()
-  assert "stablehlo.while" in both.lower(False, logits).as_text()
-  chex.assert_trees_all_close(both(True, logits), both(False, logits), rtol=1e-5, atol=1e-7)
+  chex.assert_trees_all_close(both(unroll, logits), both(1, logits), rtol=1e-5, atol=1e-7)
 
 
 def sublayer(x_BTD):
