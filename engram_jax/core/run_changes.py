@@ -129,11 +129,11 @@ def last_change(folder: pathlib.Path) -> int | None:
 
 
 def require_known_text(changes: Sequence[Change], meta: dict[str, Any], run: pathlib.Path) -> None:
-  """ConfigError where text has moved, and a checkpoint of before knows it by a sample alone."""
+  """ConfigError where text has moved, and a checkpoint of before does not know all of it."""
   moved = [c.field for c in changes if c.field in BY_DIGEST]
-  if moved and meta and "corpus_content_digest" not in meta:
+  if moved and meta and "validation_content_digest" not in meta:
     raise ConfigError(
-      f"{run} was trained by an older version, whose checkpoints know their text by a sample: "
+      f"{run} was trained by an older version, whose checkpoints do not know all their text: "
       f"{', '.join(moved)} must be as they were there"
     )
 

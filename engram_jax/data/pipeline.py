@@ -188,8 +188,9 @@ class PreparedData:
 
   def fingerprint(self) -> dict[str, Any]:
     """The fingerprint that checkpoints on this data hold; see `Vocabulary.fingerprint`."""
-    training = self.training
-    return self.vocabulary.fingerprint(training.digest, training.content_digest)
+    training, validation = self.training, self.validation
+    texts = {"validation_content_digest": validation.content_digest}
+    return self.vocabulary.fingerprint(training.digest, training.content_digest) | texts
 
 
 def prepare(cfg: Config, log: Log = print) -> PreparedData:

@@ -206,8 +206,10 @@ _NAMES = {
   "hash_layout_digest": "hash layout",
   "corpus_digest": "training text",
   "corpus_content_digest": "training text",
+  "validation_content_digest": "validation text",
 }
-_LATER = ("corpus_content_digest",)  # older checkpoints have none
+# Older checkpoints have none of these.
+_LATER = ("corpus_content_digest", "validation_content_digest")
 
 
 def _shown(value: Any) -> str:

@@ -7,6 +7,7 @@ import itertools
 import json
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,11 +18,13 @@ import pytest
 
 from engram_jax.config import Config, load_config
 from engram_jax.data import pipeline as data_pipeline
-from engram_jax.data.corpus import Corpus
+from engram_jax.data.corpus import Corpus, deduplicate, is_validation
+from engram_jax.data.files import Document
 from engram_jax.data.packing import PackedExamples
 from engram_jax.data.pipeline import Pipeline, PreparedData, prepare
 from engram_jax.errors import ConfigError, StorageError
 from engram_jax.memory.hashing import hash_ids_numpy
+from engram_jax.memory.vocabulary import check_fingerprint
 
 NAMES = ("tokens", "targets", "mask", "segments", "positions", "source")
 
@@ -424,3 +427,18 @@ def test_data_imports_no_jax():
   modules = [".".join(path.with_suffix("").parts) for path in paths]
   code = f"import sys, {', '.join(modules)}; assert 'jax' not in sys.modules"
   subprocess.run([sys.executable, "-c", code], check=True, cwd=folder.parents[1])
+
+
+def test_a_run_knows_its_validation_text(folder, tmp_path):
+  before = prepare_quietly(config(folder)).fingerprint()
+  more = shutil.copytree(folder, tmp_path / "corpus")
+  texts = deduplicate(Document("books", f"another text, number {i}") for i in itertools.count())
+  held_out = next(made.text for made in texts if is_validation(made.key, 0.2))
+  with open(more / "books.jsonl", "a") as file:
+    file.write("\n" + json.dumps({"text": held_out}))
+  after = prepare_quietly(config(more)).fingerprint()
+  assert {key for key in before if before[key] != after[key]} == {"validation_content_digest"}
+  with pytest.raises(ConfigError, match="another validation text"):
+    check_fingerprint(before, after, "run")
+  older = {key: value for key, value in before.items() if key != "validation_content_digest"}
+  check_fingerprint(older, after, "run")
