@@ -112,7 +112,7 @@ NOT_RUN = {  # a pattern of whole commands: why they do not run here
   r"python benchmarks/.*": "measures for minutes",
   r"python -m engram_jax sweep \w+ (--quick|--rho|--seeds|--jobs|--list).*": "an hour, or a budget "
   "with experts, which tiny.yaml here has not; tests/research/test_sweep.py runs two arms",
-  r"python -m engram_jax plan .* --compile .*": "minutes of a TPU's compiler; tests/aot",
+  r"python -m engram_jax plan .* --compile( .*)?": "minutes of a compiler; tests/aot",
   r"(ENGRAM_API_KEY=.* )?python -m engram_jax serve .*": "has no end; tests/commands/test_serve.py",
   r"curl .*": "needs that server; tests/serve/test_http.py",
   r"python -m engram_jax (inspect|convert \w+) .*\bDIR\b.*": "a released checkpoint, 400 GB",

@@ -22,7 +22,7 @@ def target(instruction: Instruction) -> str:
 
 
 def name(instruction: Instruction) -> str:
-  """What to call the kernel in a report: a Triton kernel's own name, else XLA's."""
+  """Returns what to call the kernel in a report: a Triton kernel's own name, else XLA's."""
   own = re.search(r'\bname = "(\w+)"', instruction.attributes)
   wanted = target(instruction)
   return own[1] if own and wanted == TRITON else wanted.removeprefix("__")

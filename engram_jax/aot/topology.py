@@ -68,7 +68,7 @@ class Topology(NamedTuple):
 
   @property
   def is_gpu(self) -> bool:
-    """Whether its devices are GPUs."""
+    """Says whether its devices are GPUs."""
     return isinstance(self.generation, Gpu)
 
 
