@@ -145,7 +145,8 @@ def oversized_report(
   rates: Rates,
 ) -> dict[str, Any]:
   """The report of a program that was refused for its size; raises any other refusal again."""
-  needs = re.search(r"CompileTimeHbmOom.* memory required .*?\(([\d.]+)([KMG])\)", str(refusal))
+  words = r"(?:CompileTimeHbmOom|Ran out of memory on HBM)"  # libtpu 0.0.52 and 0.0.42
+  needs = re.search(words + r".* memory required .*?\(([\d.]+)([KMG])\)", str(refusal))
   if needs is None:
     raise refusal
   try:
