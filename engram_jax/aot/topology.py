@@ -111,8 +111,11 @@ def abstract_devices(target: Topology) -> list:
 
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
+  options = dict(target.generation.options)
+  if set(target.name.partition(":")[2]) <= set("1x"):  # libtpu 0.0.42 looks for a host of 2x2 chips
+    options["chips_per_host_bounds"] = (1, 1, 1)
   try:
-    description = topologies.get_topology_desc(target.name, "tpu", **target.generation.options)
+    description = topologies.get_topology_desc(target.name, "tpu", **options)
   except RuntimeError as error:
     if isinstance(error, jax.errors.JaxRuntimeError):
       raise ConfigError(f"topology {target.name!r}: the TPU compiler says {error}") from None

@@ -16,10 +16,9 @@ numbered s K + k; P, blocks; Q, rows of a block.
 where XLA has no grouped product: assignments are sorted by expert, each expert's run is padded to
 whole blocks, and a loop takes one block at a time through its expert, forward and backward.
 `ragged_experts` is for accelerators: assignments are sorted by expert and each of the three
-products is one over groups of rows, by the kernels of model/grouped_product_tpu.py and
-grouped_product_gpu.py, since compilers do E times the work for `lax.ragged_dot` on GPUs and most
-TPUs. That remains for GPUs that Triton does not compile for: NVIDIA's before compute capability
-8.0, and AMD's.
+products is one over groups of rows, by kernels (model/grouped_product.py), since compilers do E
+times the work for `lax.ragged_dot` on GPUs and most TPUs. That remains for GPUs that Triton does
+not compile for: NVIDIA's before compute capability 8.0, and AMD's.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The grouped product of model/grouped_product_tpu.py for GPUs, whose compiler has none.
+"""The kernels of model/grouped_product.py for NVIDIA GPUs, in Triton by Pallas.
 
 XLA repeats the rows of `lax.ragged_dot` once for each group on CUDA: E times the work, and an array
 E times as large. Here the rows of a group are cut into blocks from its first row on, and a program
@@ -6,8 +6,7 @@ of the kernel multiplies one block with its group's matrix: no work but the last
 atomics, float32 sums in a fixed order. The weights' gradient is a kernel of one program for each
 tile of each matrix, which runs through the rows of its group.
 
-Written in Pallas for Triton. Local letters: N, rows; E, groups; D and F, widths of a row before and
-after; P, blocks of rows.
+Local letters: N, rows; E, groups; D and F, widths of a row before and after; P, blocks of rows.
 """
 
 import functools
@@ -18,39 +17,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from engram_jax.model.grouped_product import Kernels, grouped_product
+
 TRITON_CAPABILITY = 8.0  # the least compute capability that XLA's Triton compiles for
 # Sides of tiles, powers of two as Triton's are. A block of x and one of w in bfloat16, four of each
 # under way, are 128 KiB of the 227 KiB that an H100 shares.
 _ROWS, _COLUMNS, _DEPTH = 128, 128, 64
 _SMALLEST = 16  # side that Triton multiplies
 _WARPS, _STAGES = 8, 4
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def gpu_grouped_product(
-  x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, interpret: bool = False
-) -> jax.Array:
-  """Computes `lax.ragged_dot(x_ND, w_EDF, sizes_E)`, [N, F], on a GPU; sums in float32.
-
-  Rows after the last group give anything, forward and backward, where `lax.ragged_dot` gives zeros.
-
-  interpret: run the kernel's operations one by one, on any platform.
-  """
-  return _product(x_ND, w_EDF, sizes_E, interpret)
-
-
-def _forward(x_ND, w_EDF, sizes_E, interpret):
-  return _product(x_ND, w_EDF, sizes_E, interpret), (x_ND, w_EDF, sizes_E)
-
-
-def _backward(interpret, residuals, dy_NF):
-  x_ND, w_EDF, sizes_E = residuals
-  dx_ND = _product(dy_NF, w_EDF, sizes_E, interpret, transpose=True)
-  dw_EDF = _weights_gradient(x_ND, dy_NF, sizes_E, w_EDF.dtype, interpret)
-  return dx_ND.astype(x_ND.dtype), dw_EDF, None
-
-
-gpu_grouped_product.defvjp(_forward, _backward)
 
 
 class _Blocks(NamedTuple):
@@ -75,8 +49,7 @@ def _blocks(sizes_E: jax.Array, rows: int, block: int) -> _Blocks:
   return _Blocks(group_P, start_P, jnp.where(is_used_P, stop_E[group_P], 0))
 
 
-def _product(x_ND, w_EDF, sizes_E, interpret: bool, *, transpose: bool = False) -> jax.Array:
-  """[N, F] of w [E, D, F], or of w [E, F, D] with `transpose`."""
+def _product(x_ND, w_EDF, sizes_E, *, transpose: bool, interpret: bool) -> jax.Array:
   N, F = len(x_ND), w_EDF.shape[1 if transpose else 2]
   x, w = _whole(_at_least(x_ND, _ROWS)), _whole(w_EDF)
   blocks = _blocks(sizes_E, len(x), _ROWS)
@@ -116,8 +89,7 @@ def _product_kernel(group, start, stop, x, w, y, *, columns: int, depth: int, tr
     triton.store(y.at[row_slice, column_slice], total.astype(y.dtype), mask=is_row)
 
 
-def _weights_gradient(x_ND, dy_NF, sizes_E, dtype, interpret: bool) -> jax.Array:
-  """[E, D, F]: of each group the product of its rows before, transposed, and after."""
+def _weights_gradient(x_ND, dy_NF, sizes_E, dtype, *, interpret: bool) -> jax.Array:
   D, F = x_ND.shape[1], dy_NF.shape[1]
   x, dy = (_whole(_at_least(a, _DEPTH)) for a in (x_ND, dy_NF))
   stop_E = jnp.cumsum(sizes_E, dtype=jnp.int32)
@@ -181,3 +153,6 @@ def _cost(x: jax.Array, other: jax.Array, width: int) -> pl.CostEstimate:
     bytes_accessed=(x.size + other.size + rows * width) * x.dtype.itemsize,
     transcendentals=0,
   )
+
+
+gpu_grouped_product = functools.partial(grouped_product, Kernels(_product, _weights_gradient))

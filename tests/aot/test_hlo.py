@@ -160,8 +160,9 @@ def test_text_that_is_no_program():
     hlo.collectives(TPU[:-3])
 
 
-def test_what_xla_does_not_know_gets_its_second_back():
-  text = TPU.replace('"tpu_custom_call"', '"ConcatBitcast"')
+@pytest.mark.parametrize("name", ["ConcatBitcast", "PrepareAsyncCallStart", "PrepareAsyncCallDone"])
+def test_what_xla_does_not_know_gets_its_second_back(name):
+  text = TPU.replace('"tpu_custom_call"', f'"{name}"')
   plain, corrected = (cost(made, Rates(1e12, 1e12)) for made in (TPU, text))
   assert corrected.missing_seconds == pytest.approx(plain.missing_seconds + 1)
   assert (plain.uncounted, corrected.uncounted) == (("kernel",), ())

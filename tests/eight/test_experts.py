@@ -75,7 +75,7 @@ def test_equal_dense_experts_in_value_and_every_gradient(split):
 
 
 def test_rows_of_no_expert_do_no_harm_on_tpus(monkeypatch):
-  """Where no group is, the TPU's kernel leaves what was there: NaN where it is interpreted."""
+  """Rows outside all groups are not written by the TPU's kernel: NaN where it is interpreted."""
   product = functools.partial(tpu_grouped_product, interpret=True)
   experts = functools.partial(ragged_experts, product=product)
   monkeypatch.setattr(expert_parallel, "experts_for", lambda *_: experts)

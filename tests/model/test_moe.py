@@ -1,6 +1,7 @@
 """Mixture of experts: three dispatches of one sum, the router, balancing without a loss."""
 
 import functools
+import itertools
 import types
 from typing import NamedTuple
 
@@ -74,8 +75,15 @@ def _arguments(kind: str, dtype=jnp.float32):
   ), normal(tokens, WIDTH)
 
 
-@pytest.mark.parametrize("kind", ["random", "one_expert", "two_of_six", "top_1", "all"])
-@pytest.mark.parametrize("name", ["blocked", "ragged", "tpu", "gpu"])
+@pytest.mark.parametrize(
+  ("name", "kind"),
+  [
+    *itertools.product(
+      ("blocked", "ragged"), ("random", "one_expert", "two_of_six", "top_1", "all")
+    ),
+    *itertools.product(("tpu", "gpu"), ("random", "one_expert")),  # interpreted: slower
+  ],
+)
 def test_dispatch_equals_dense_in_value_and_every_gradient(name: str, kind: str):
   args, target_SD = _arguments(kind)
   experts = KERNELS[name] if name in KERNELS else dispatch.experts_for(name)
