@@ -223,11 +223,15 @@ def _show_device(plan: dict[str, Any]) -> None:
     return
   sent = [(c["kind"], f"{c['count']:,}", decimal(c["bytes"])) for c in plan["collectives"]]
   _print_table("Collectives in a step, one device", ("kind", "executions", "bytes"), sent)
-  step = [
-    ("FLOP a step", f"{plan['flops']:.4g}"),
-    ("seconds a step, compiler's estimate", _seconds(plan["optimal_seconds"])),
-    *([("launches a step", f"{plan['launches']:,}")] if "launches" in plan else []),
-    ("the same, gathers as slow as their rows", f"{plan['modelled_seconds']:.4g}"),
+  step = [("FLOP a step", f"{plan['flops']:.4g}")]
+  if "launches" in plan:  # the GPU compiler estimates no time
+    step.append(("seconds a step, by the GPU's peaks", f"{plan['modelled_seconds']:.4g}"))
+    step.append(("launches a step", f"{plan['launches']:,}"))
+  else:
+    step.append(("seconds a step, compiler's estimate", _seconds(plan["optimal_seconds"])))
+    modelled = f"{plan['modelled_seconds']:.4g}"
+    step.append(("the same, gathers as slow as their rows", modelled))
+  step += [
     (
       f"seconds to {'compile' if plan['code'] else 'lay out'}"
       + (f", effort {plan['effort']}" if plan["effort"] else ""),
